@@ -1,0 +1,64 @@
+"""What a number format is: a frozen dataclass that encodes a weight into storable tensors and decodes it again."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """How many weights share one scale."""
+
+
+@dataclass(frozen=True)
+class PerTensor(Granularity):
+    """One scale for the whole tensor; `scale` has shape []."""
+
+
+@dataclass(frozen=True)
+class PerChannel(Granularity):
+    """One scale for each index of `axis`; `scale` has shape [size of that axis]."""
+
+    axis: int = 0
+
+
+@dataclass(frozen=True)
+class PerGroup(Granularity):
+    """One scale for `size` consecutive weights of a row, the tensor seen as [rows, columns]; `scale` is [rows, columns / size].
+
+    A row is an index of axis 0; the columns are all other axes flattened.
+    """
+
+    size: int = 128
+
+
+class Format(ABC):
+    """A way to write numbers. Members are frozen dataclasses; all of these are pure functions of their fields.
+
+    encode(weight) -> tensors: named tensors that hold the weight, packed; always with "shape" (int64, the weight's).
+    decode(tensors) -> weight: float32, of the encoded shape.
+    size_bytes(shape) -> bytes those tensors take, without "shape".
+    bits: of one code.
+    """
+
+    bits: int
+
+    @abstractmethod
+    def encode(self, weight: Tensor) -> dict[str, Tensor]: ...
+
+    @abstractmethod
+    def decode(self, tensors: dict[str, Tensor]) -> Tensor: ...
+
+    @abstractmethod
+    def size_bytes(self, shape: torch.Size | tuple[int, ...]) -> int: ...
+
+
+def format_to_config(fmt: Any) -> dict[str, Any]:
+    """A format or granularity as plain data: its class name under "type", and its fields."""
+    fields = {k: format_to_config(v) if isinstance(v, (Format, Granularity)) else v for k, v in vars(fmt).items()}
+    return {"type": type(fmt).__name__, **fields}

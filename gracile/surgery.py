@@ -1,0 +1,154 @@
+"""Edits: structural changes of a model as plain data, applied by one function here and replayed when a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gracile.errors import ArtifactError
+from gracile.nn import build_layer
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Cut parameters and buffers along axes, and mend the integers that a forward computes with.
+
+    keep: "blocks.3.fc1.weight:0" (a parameter or buffer, and its axis) -> indices kept, ascending.
+    attributes: "blocks.3.fc1.out_features" (a module, or an object it holds such as a config, and an attribute) -> new
+        value.
+    """
+
+    keep: dict[str, tuple[int, ...]]
+    attributes: dict[str, int | tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Swap:
+    """Replace a layer by another kind, built by `gracile.nn.build_layer(layer, config, old layer)`.
+
+    name: the layer replaced, "blocks.3.fc1"; every parent that holds it gets the new one.
+    layer: a class exported by `gracile.nn`, "QuantizedLinear".
+    config: its settings, plain JSON data.
+    """
+
+    name: str
+    layer: str
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+Edit = Resize | Swap
+
+
+def apply(model: nn.Module, edits: Iterable[Edit]) -> None:
+    """Apply edits to the model in place, in order. Shared modules and tied tensors stay shared and tied."""
+    for edit in edits:
+        if isinstance(edit, Resize):
+            _resize(model, edit)
+        else:
+            _swap(model, edit)
+
+
+def edit_to_json(edit: Edit) -> dict[str, Any]:
+    """An edit as plain JSON data, read back by `edit_from_json`."""
+    if isinstance(edit, Swap):
+        return {"edit": "Swap", "name": edit.name, "layer": edit.layer, "config": edit.config}
+    keep = {key: list(indices) for key, indices in edit.keep.items()}
+    attributes = {k: list(v) if isinstance(v, tuple) else v for k, v in edit.attributes.items()}
+    return {"edit": "Resize", "keep": keep, "attributes": attributes}
+
+
+def edit_from_json(data: dict[str, Any]) -> Edit:
+    """The edit that `edit_to_json` wrote; raises ArtifactError for anything else."""
+    try:
+        if data["edit"] == "Swap":
+            return Swap(str(data["name"]), str(data["layer"]), dict(data["config"]))
+        if data["edit"] == "Resize":
+            keep = {str(k): tuple(int(i) for i in v) for k, v in data["keep"].items()}
+            attributes = {
+                str(k): tuple(int(i) for i in v) if isinstance(v, list) else int(v)
+                for k, v in data["attributes"].items()
+            }
+            return Resize(keep, attributes)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"An edit in the journal cannot be read: {error!r}.") from error
+    raise ArtifactError(f"An edit in the journal is of an unknown kind: {data['edit']!r}.")
+
+
+def _swap(model: nn.Module, edit: Swap) -> None:
+    try:
+        old = model.get_submodule(edit.name)
+    except AttributeError as error:
+        raise ArtifactError(f"Swap: the model ({type(model).__name__}) has no layer '{edit.name}'.") from error
+    new = build_layer(edit.layer, edit.config, old)
+    new.train(old.training)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child is old:
+                setattr(parent, name, new)
+
+
+def _resize(model: nn.Module, edit: Resize) -> None:
+    cuts: dict[int, tuple[Tensor, str, dict[int, tuple[int, ...]]]] = {}  # tied tensors have two names and one entry
+    for key, indices in edit.keep.items():
+        name, _, axis = key.rpartition(":")
+        owner, _, attribute = name.rpartition(".")
+        try:
+            tensor = getattr(model.get_submodule(owner), attribute)
+        except AttributeError as error:
+            raise ArtifactError(f"Resize: the model ({type(model).__name__}) has no parameter '{name}'.") from error
+        cuts.setdefault(id(tensor), (tensor, name, {}))[2][int(axis)] = indices
+    for tensor, name, axes in cuts.values():
+        cut = tensor
+        for axis, indices in axes.items():
+            cut = _cut(name, cut, axis, indices)
+        _rebind(model, tensor, cut)
+    for path, value in edit.attributes.items():
+        _set_attribute(model, path, value)
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            _relink_recurrent(module)
+
+
+def _rebind(model: nn.Module, old: Tensor, new: Tensor) -> None:
+    """Put `new` wherever the model holds `old` as a parameter or buffer."""
+    if old is new:
+        return
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for name, value in store.items():
+                if value is old:
+                    store[name] = new  # type: ignore[assignment]
+
+
+def _cut(name: str, tensor: Tensor, axis: int, indices: tuple[int, ...]) -> Tensor:
+    if axis >= tensor.ndim or (indices and max(indices) >= tensor.shape[axis]):
+        raise ArtifactError(
+            f"Resize: '{name}' has shape {tuple(tensor.shape)}, so axis {axis} cannot keep index {max(indices)}.\n"
+            f"  The edits were made for another model: pass an instance built as the original was."
+        )
+    kept = tensor.detach().index_select(axis, torch.tensor(indices, device=tensor.device)).contiguous()
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(kept, requires_grad=tensor.requires_grad)
+    return kept
+
+
+def _set_attribute(model: nn.Module, path: str, value: int | tuple[int, ...]) -> None:
+    """Set an integer on the module, or on an object that a module holds, named by a dotted path."""
+    owner_path, _, attribute = path.rpartition(".")
+    owner: Any = model
+    for part in filter(None, owner_path.split(".")):
+        owner = owner[int(part)] if part.isdigit() and isinstance(owner, (list, tuple)) else getattr(owner, part)
+    if isinstance(getattr(owner, attribute, None), list):
+        setattr(owner, attribute, list(value) if isinstance(value, tuple) else value)
+    else:
+        setattr(owner, attribute, value)
+
+
+def _relink_recurrent(module: nn.RNNBase) -> None:
+    """`nn.RNNBase` keeps a second list of its weights; point it at the present ones."""
+    module._flat_weights = [getattr(module, name, None) for name in module._flat_weights_names]
+    module.flatten_parameters()
