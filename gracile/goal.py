@@ -1,0 +1,102 @@
+"""Goal: the limits a compressed model must keep and what to make as small as possible within them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gracile.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """At most this much: a fraction of the original in (0, 1), or an absolute number in the class's unit above 1."""
+
+    amount: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.amount, (int, float)) or isinstance(self.amount, bool) or not self.amount > 0:
+            raise ConfigError(
+                f"{type(self).__name__}({self.amount!r}): expected a positive number, a fraction of the original "
+                f"below 1 or an absolute amount above 1."
+            )
+
+    def limit(self, original: float) -> float:
+        """The largest allowed amount, in the unit of `original`."""
+        return self.amount * original if self.amount <= 1 else float(self.amount)
+
+
+@dataclass(frozen=True)
+class MACs(Budget):
+    """Multiply-accumulates of one example."""
+
+
+@dataclass(frozen=True)
+class Parameters(Budget):
+    """Number of parameters."""
+
+
+@dataclass(frozen=True)
+class Bytes(Budget):
+    """Bytes of the model as stored."""
+
+
+@dataclass(frozen=True)
+class Latency(Budget):
+    """Median latency of one batch on a target, as a fraction of the original's there; with `ms`, in milliseconds.
+
+    amount: a fraction of the original in (0, 1], or milliseconds if `ms` is set.
+    target: the runtime; None: the goal's target.
+    """
+
+    target: Any = None
+    ms: bool = False
+
+    def limit(self, original: float) -> float:
+        return float(self.amount) if self.ms else self.amount * original
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """What `optimize` should reach.
+
+    target: the runtime that will serve the model.
+    max_drop: largest loss of quality allowed, in the unit of the metric (0.01 of an accuracy is one point). The drop's
+        one-sided upper confidence bound must stay below it.
+    objective: what to make as small as possible within the limits: "latency", "bytes" or "macs".
+    limits: further budgets that must hold; a `Latency(0.4)` asks for a model 2.5 times as fast.
+    confidence: of the bound on the drop.
+    batch_size: of the latency measured; None: that of the evaluation batches.
+    epochs: of distillation for one candidate, where training data are given.
+    minutes: no new candidate is started after that; None: no limit.
+    """
+
+    target: Any
+    max_drop: float = 0.01
+    objective: Literal["latency", "bytes", "macs"] = "latency"
+    limits: tuple[Budget, ...] = ()
+    confidence: float = 0.95
+    batch_size: int | None = None
+    epochs: float = 4
+    minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.max_drop, (int, float)) and 0 <= self.max_drop < float("inf")):
+            raise ConfigError(f"Goal(max_drop={self.max_drop!r}): expected a number of at least 0.")
+        if self.objective not in ("latency", "bytes", "macs"):
+            raise ConfigError(f"Goal(objective={self.objective!r}): expected 'latency', 'bytes' or 'macs'.")
+        if not 0.5 <= self.confidence < 1:
+            raise ConfigError(f"Goal(confidence={self.confidence!r}): expected a number in [0.5, 1).")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ConfigError(f"Goal(batch_size={self.batch_size}): expected at least 1.")
+        if self.epochs < 0 or (self.minutes is not None and self.minutes <= 0):
+            raise ConfigError("Goal: `epochs` must be at least 0 and `minutes` positive.")
+        for name in ("export", "load", "run", "available"):
+            if not callable(getattr(self.target, name, None)):
+                raise ConfigError(
+                    f"Goal(target={self.target!r}): not a target; it has no `{name}`.\n"
+                    f"  Use gracile.OnnxRuntime(), gracile.OpenVINO() or gracile.PyTorch()."
+                )
+        for budget in self.limits:
+            if not isinstance(budget, Budget):
+                raise ConfigError(f"Goal(limits=...): {budget!r} is not a budget (MACs, Parameters, Bytes, Latency).")
