@@ -1,0 +1,58 @@
+"""Number formats: how a weight is written, packed and read back."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from gracile.errors import ArtifactError, ConfigError
+from gracile.formats.base import Format, Granularity, PerChannel, PerGroup, PerTensor, format_to_config
+from gracile.formats.fixed_point import FixedPoint
+from gracile.formats.integer import Int
+from gracile.formats.presets import W4A16, W8A8, W8A16, Scheme
+
+__all__ = [
+    "W4A16",
+    "W8A8",
+    "W8A16",
+    "FixedPoint",
+    "Format",
+    "Granularity",
+    "Int",
+    "PerChannel",
+    "PerGroup",
+    "PerTensor",
+    "Scheme",
+    "bits_per_weight",
+    "format_from_config",
+    "format_to_config",
+]
+
+
+def format_from_config(config: dict[str, Any] | None) -> Any:
+    """The format or granularity that `format_to_config` wrote as plain data; None for None.
+
+    Only the classes exported here are built; anything else raises ArtifactError.
+    """
+    if config is None:
+        return None
+    name = config.get("type") if isinstance(config, dict) else None
+    kind = globals().get(name) if isinstance(name, str) and name in __all__ else None
+    if not (isinstance(kind, type) and issubclass(kind, (Format, Granularity))):
+        raise ArtifactError(f"'{name}' is not a number format of this version of Gracile.\n  A newer one may have it.")
+    fields = {
+        key: format_from_config(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key != "type"
+    }
+    try:
+        return kind(**fields)
+    except (TypeError, ConfigError) as error:
+        raise ArtifactError(f"The settings of the format {name} cannot be read: {error}") from error
+
+
+def bits_per_weight(fmt: Format, shape: torch.Size | tuple[int, ...]) -> float:
+    """Bits stored per weight of this shape, scales and zero points included."""
+    return 8 * fmt.size_bytes(shape) / math.prod(shape)

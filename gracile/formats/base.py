@@ -29,9 +29,9 @@ class PerChannel(Granularity):
 
 @dataclass(frozen=True)
 class PerGroup(Granularity):
-    """One scale for `size` consecutive weights of a row, the tensor seen as [rows, columns]; `scale` is [rows, columns / size].
+    """One scale for `size` consecutive weights of a row; `scale` has shape [rows, columns / size].
 
-    A row is an index of axis 0; the columns are all other axes flattened.
+    The tensor is seen as [rows, columns]: a row is an index of axis 0; the columns are all other axes flattened.
     """
 
     size: int = 128

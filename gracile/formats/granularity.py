@@ -1,0 +1,77 @@
+"""Which weights share a scale: a tensor seen as rows, one scale per row, whatever the granularity."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from gracile.errors import ConfigError
+from gracile.formats.base import Granularity, PerChannel, PerGroup, PerTensor
+
+Shape = tuple[int, ...]
+
+
+def scale_shape(granularity: Granularity, shape: Shape) -> Shape:
+    """Shape of `scale` for a weight of this shape; raises ConfigError where the granularity does not fit it."""
+    shape = tuple(shape)
+    if 0 in shape:
+        raise ConfigError(f"A weight of shape {shape} holds nothing to encode.")
+    if isinstance(granularity, PerTensor):
+        return ()
+    if isinstance(granularity, PerChannel):
+        return (shape[_axis(granularity, shape)],)
+    if isinstance(granularity, PerGroup):
+        rows, columns = _rows_and_columns(shape)
+        if granularity.size < 1 or columns % granularity.size:
+            raise ConfigError(
+                f"PerGroup(size={granularity.size}): the weight of shape {shape} has {columns} columns, which "
+                f"groups of {granularity.size} do not divide.\n"
+                f"  Use a size of {_or(nearest_group_sizes(columns, granularity.size))}, or PerChannel()."
+            )
+        return (rows, columns // granularity.size)
+    raise ConfigError(
+        f"{type(granularity).__name__} is not a granularity. Use PerTensor(), PerChannel() or PerGroup(n)."
+    )
+
+
+def to_rows(granularity: Granularity, tensor: Tensor) -> Tensor:
+    """The tensor as [scales, weights that share one], scales in the order of the flattened `scale`."""
+    scales = math.prod(scale_shape(granularity, tuple(tensor.shape)))
+    if isinstance(granularity, PerChannel):
+        tensor = tensor.movedim(_axis(granularity, tuple(tensor.shape)), 0)
+    return tensor.reshape(scales, -1)
+
+
+def from_rows(granularity: Granularity, rows: Tensor, shape: Shape) -> Tensor:
+    """Inverse of `to_rows`: the tensor of this shape, contiguous."""
+    shape = tuple(shape)
+    if isinstance(granularity, PerChannel):
+        axis = _axis(granularity, shape)
+        moved = (shape[axis], *shape[:axis], *shape[axis + 1 :])
+        return rows.reshape(moved).movedim(0, axis).contiguous()
+    return rows.reshape(shape)
+
+
+def nearest_group_sizes(columns: int, size: int, count: int = 3) -> list[int]:
+    """The divisors of `columns` nearest to `size`, nearest first, ties to the smaller."""
+    small = [d for d in range(1, math.isqrt(columns) + 1) if columns % d == 0]
+    divisors = sorted({*small, *(columns // d for d in small)})
+    return sorted(divisors, key=lambda d: (abs(d - size), d))[:count]
+
+
+def _axis(granularity: PerChannel, shape: Shape) -> int:
+    if not -len(shape) <= granularity.axis < len(shape):
+        raise ConfigError(f"PerChannel(axis={granularity.axis}): a weight of shape {shape} has no such axis.")
+    return granularity.axis % len(shape)
+
+
+def _rows_and_columns(shape: Shape) -> tuple[int, int]:
+    if not shape:
+        raise ConfigError("PerGroup: a weight with no dimensions has no rows.\n  Use PerTensor().")
+    return shape[0], math.prod(shape[1:])
+
+
+def _or(sizes: list[int]) -> str:
+    texts = [str(size) for size in sizes]
+    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} or {texts[-1]}"

@@ -1,0 +1,172 @@
+"""Uniform integers of 2 to 8 bits with one scale per tensor, channel or group."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gracile.errors import ConfigError, DataError
+from gracile.formats.base import Format, Granularity, PerChannel
+from gracile.formats.granularity import from_rows, scale_shape, to_rows
+from gracile.formats.packing import pack_bits, packed_bytes, unpack_bits
+
+#: Smallest normal float32. A runtime that flushes denormals to zero would divide by zero under a smaller scale.
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+
+PER_OUTPUT_CHANNEL = PerChannel(0)
+
+
+@dataclass(frozen=True)
+class Int(Format):
+    """x ≈ scale · (q − zero_point), q = clip(round(x / scale) + zero_point, qmin, qmax), rounding half to even.
+
+    bits: 2 to 8.
+    granularity: which weights share a scale.
+    symmetric: q in [−2^(b−1), 2^(b−1)−1] and zero_point = 0. Otherwise q in [0, 2^b−1], and zero_point is the code of
+        exactly 0, so padding and pruned weights stay exactly zero.
+
+    Tensors: "codes" (8 bits: int8, or uint8 if asymmetric, in the weight's shape; fewer: uint8 [ceil(n·bits/8)], see
+    `packing`), "scale" float32 (see `scale_shape`), "zero_point" int16 in the shape of scale (asymmetric only), "shape"
+    int64 [ndim].
+    """
+
+    bits: int = 8
+    granularity: Granularity = PER_OUTPUT_CHANNEL
+    symmetric: bool = field(default=True, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+            raise ConfigError(f"Int(bits={self.bits!r}): bits is a whole number from 2 to 8.")
+        if not isinstance(self.granularity, Granularity):
+            raise ConfigError(
+                f"Int(granularity={self.granularity!r}): use PerTensor(), PerChannel(axis) or PerGroup(size)."
+            )
+
+    @property
+    def qmin(self) -> int:
+        """The lowest code."""
+        return -(1 << (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def qmax(self) -> int:
+        """The highest code."""
+        return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
+
+    def scale_shape(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of "scale": [] per tensor, [size of axis] per channel, [rows, groups] per group."""
+        return scale_shape(self.granularity, tuple(shape))
+
+    def scale_of(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point (None if symmetric) that cover [low, high], extended to contain 0.
+
+        low, high: the same shape, any. Symmetric: scale = max(|low|, |high|) / qmax. Asymmetric: scale =
+        (high − low) / qmax, zero_point = round(−low / scale). A range of nothing but 0 gets scale 1.
+        """
+        low, high = low.float().clamp(max=0), high.float().clamp(min=0)
+        if self.symmetric:
+            scale = torch.maximum(-low, high) / self.qmax
+        else:
+            scale = high / self.qmax - low / self.qmax  # divided first, so that huge ranges do not overflow
+        scale = torch.where(low == high, torch.ones_like(scale), scale.clamp(min=SMALLEST_SCALE))
+        if self.symmetric:
+            return scale, None
+        return scale, torch.round(-low / scale).clamp(self.qmin, self.qmax).to(torch.int16)
+
+    def encode(
+        self, weight: Tensor, scale: Tensor | None = None, zero_point: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Codes of a weight, by round to nearest.
+
+        weight: any float dtype; NaN and infinities are refused (DataError).
+        scale: shape `scale_shape(weight.shape)`; None covers the minimum and maximum, so that every weight decodes to
+            within half a step of itself.
+        zero_point: the shape of scale; None: the code of 0 in the range from minimum to maximum, which stays right
+            when a narrower range is clipped by the same factor on both sides.
+        """
+        _check_weight(weight)
+        shape = self.scale_shape(weight.shape)
+        self._check_given(shape, scale, zero_point)
+        if scale is None or (zero_point is None and not self.symmetric):
+            rows = to_rows(self.granularity, weight.detach().float())
+            default, default_zero = self.scale_of(rows.amin(dim=1), rows.amax(dim=1))
+            scale = default.reshape(shape) if scale is None else scale
+            if zero_point is None and default_zero is not None:
+                zero_point = default_zero.reshape(shape)
+        scale = scale.detach().to(weight.device, torch.float32).clamp(min=SMALLEST_SCALE)
+        codes = self.quantize(weight.detach(), scale, zero_point)
+        tensors = {"codes": codes if self.bits == 8 else pack_bits(codes, self.bits), "scale": scale}
+        if zero_point is not None:
+            tensors["zero_point"] = zero_point.to(weight.device, torch.int16)
+        tensors["shape"] = torch.tensor(weight.shape, dtype=torch.int64)
+        return tensors
+
+    def decode(self, tensors: dict[str, Tensor]) -> Tensor:
+        """The weight, float32: scale · (q − zero_point)."""
+        codes = tensors["codes"]
+        if self.bits < 8:
+            codes = self.unpack(codes, tuple(tensors["shape"].tolist()))
+        return self.dequantize(codes, tensors["scale"], tensors.get("zero_point"))
+
+    def size_bytes(self, shape: torch.Size | tuple[int, ...]) -> int:
+        """Bytes of codes, scales and zero points."""
+        scales = math.prod(self.scale_shape(shape))
+        return packed_bytes(math.prod(shape), self.bits) + scales * (4 if self.symmetric else 6)
+
+    def quantize(self, x: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+        """clip(round(x / scale) + zero_point, qmin, qmax) as int8 (symmetric) or uint8, in the shape of x.
+
+        scale, zero_point: shape `scale_shape(x.shape)`, [] for the activations of a per-tensor format.
+        """
+        rows = to_rows(self.granularity, x.float())
+        q = torch.round(rows / scale.reshape(-1, 1))
+        if zero_point is not None:
+            q = q + zero_point.reshape(-1, 1)
+        q = q.clamp(self.qmin, self.qmax).to(torch.int8 if self.symmetric else torch.uint8)
+        return from_rows(self.granularity, q, tuple(x.shape))
+
+    def dequantize(self, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
+        """scale · (q − zero_point), float32, for unpacked codes of any integer dtype."""
+        rows = to_rows(self.granularity, codes).float()
+        if zero_point is not None:
+            rows = rows - zero_point.reshape(-1, 1)
+        return from_rows(self.granularity, rows * scale.reshape(-1, 1), tuple(codes.shape))
+
+    def unpack(self, codes: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Stored codes as int8 (symmetric) or uint8 of the weight's shape; at 8 bits they already are."""
+        if self.bits == 8:
+            return codes
+        unsigned = unpack_bits(codes, self.bits, math.prod(shape)).reshape(shape)
+        if not self.symmetric:
+            return unsigned
+        sign = 1 << (self.bits - 1)
+        return (unsigned ^ sign).to(torch.int8) - sign  # extends the sign bit of a two's complement code
+
+    def _check_given(self, shape: tuple[int, ...], scale: Tensor | None, zero_point: Tensor | None) -> None:
+        for name, given in (("scale", scale), ("zero_point", zero_point)):
+            if given is not None and tuple(given.shape) != shape:
+                raise ConfigError(
+                    f"Int.encode({name}=...): expected shape {shape} for {self.granularity}, got {tuple(given.shape)}."
+                )
+        if scale is not None and not bool((torch.isfinite(scale) & (scale > 0)).all()):
+            raise ConfigError("Int.encode(scale=...): every scale must be positive and finite.")
+        if zero_point is None:
+            return
+        if self.symmetric or scale is None:
+            raise ConfigError("Int.encode(zero_point=...): goes with a scale, in a format with symmetric=False.")
+        if bool(((zero_point < self.qmin) | (zero_point > self.qmax)).any()):
+            raise ConfigError(f"Int.encode(zero_point=...): must lie in [{self.qmin}, {self.qmax}].")
+
+
+def _check_weight(weight: Tensor) -> None:
+    if not weight.is_floating_point():
+        raise DataError(f"A weight of dtype {weight.dtype} cannot be encoded: it is not floating point.")
+    finite = torch.isfinite(weight.detach().float())
+    if not bool(finite.all()):
+        bad = int((~finite).sum())
+        raise DataError(
+            f"A weight of shape {tuple(weight.shape)} has {bad} values that are NaN, infinite or beyond float32.\n"
+            f"  The model was damaged before compression; check the checkpoint it came from."
+        )
