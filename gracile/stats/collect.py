@@ -1,0 +1,195 @@
+"""One streaming pass over calibration data that collects the union of the statistics several consumers need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gracile.data import Batch, Data
+from gracile.errors import ConfigError, DataError
+from gracile.layer_stats import ACTIVATION_STATS, LayerStats
+from gracile.stats.histogram import StreamingHistogram
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+GRAM_IN_FLOAT64 = 1024  # up to this width sums are kept in float64; beyond, float32 halves the memory
+
+
+def collect_activations(
+    model: nn.Module,
+    layers: Collection[str],
+    needs: Collection[str],
+    data: Data,
+    *,
+    memory_bytes: int | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> dict[str, LayerStats]:
+    """Statistics of the named layers' inputs and outputs over `data.calibration_batches`, by layer name.
+
+    needs: fields of LayerStats out of ACTIVATION_STATS. The model runs in eval mode without gradients; its mode and
+    hooks are as before afterwards. A layer that is never called has no entry.
+    memory_bytes: what the accumulators may take together; None: no bound. Raises ConfigError before the pass if they
+    would take more, DataError for no batches or for inputs that are not finite.
+    """
+    unknown = set(needs) - ACTIVATION_STATS
+    if unknown:
+        raise ConfigError(f"Unknown activation statistics: {', '.join(sorted(unknown))}.")
+    estimate = estimate_bytes(model, layers, needs)
+    if memory_bytes is not None and estimate > memory_bytes:
+        raise ConfigError(
+            f"The statistics need {estimate / 2**20:.0f} MiB for {len(layers)} layers, more than the "
+            f"{memory_bytes / 2**20:.0f} MiB allowed.\n  Work on fewer layers at a time with only(...)."
+        )
+    accumulators = {name: _Accumulator(name, model.get_submodule(name), frozenset(needs)) for name in layers}
+    handles = [model.get_submodule(name).register_forward_hook(acc.hook) for name, acc in accumulators.items()]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            count = 0
+            for batch in data.calibration_batches:
+                data.forward(model, batch)
+                count += 1
+                if on_batch is not None:
+                    on_batch(count)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+    if count == 0:
+        raise DataError("The calibration data hold no batches.")
+    return {name: acc.freeze() for name, acc in accumulators.items() if acc.calls}
+
+
+def estimate_bytes(model: nn.Module, layers: Iterable[str], needs: Collection[str]) -> int:
+    """Bytes that the accumulators of `collect_activations` will take."""
+    total = 0
+    for name in layers:
+        module = model.get_submodule(name)
+        weight = getattr(module, "weight", None)
+        columns = _columns(module, weight) if isinstance(weight, Tensor) else 0
+        groups = getattr(module, "groups", 1) if isinstance(module, CONVOLUTIONS) else 1
+        total += 2048 * 8 * (("input" in needs) + ("output" in needs))
+        total += 8 * columns * groups * (("input_mean" in needs) + ("input_sq_mean" in needs))
+        if "gram" in needs:
+            total += groups * columns * columns * (8 if columns <= GRAM_IN_FLOAT64 else 4)
+    return total
+
+
+def _columns(module: nn.Module, weight: Tensor) -> int:
+    """In-features of one group of the unfolded weight."""
+    return weight[0].numel() if weight.ndim > 1 else 1
+
+
+class _Accumulator:
+    """Running sums of one layer; the forward hook feeds it."""
+
+    def __init__(self, name: str, module: nn.Module, needs: frozenset[str]) -> None:
+        self.name, self.module, self.needs = name, module, needs
+        self.calls = 0
+        self.count = 0  # tokens or positions behind the sums
+        self.sums: dict[str, Tensor] = {}
+        self.output_count = 0
+        self.histograms = {side: StreamingHistogram() for side in ("input", "output") if side in needs}
+
+    def hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        x = next((a for a in args if isinstance(a, Tensor)), None)
+        y = output if isinstance(output, Tensor) else None
+        self.calls += 1
+        if x is not None and x.is_floating_point():
+            if not torch.isfinite(x).all():
+                raise DataError(
+                    f"Layer '{self.name}' receives values that are not finite (NaN or infinity).\n"
+                    f"  Check the calibration data and the model for them."
+                )
+            if "input" in self.histograms:
+                self.histograms["input"].update(x)
+            if self.needs & {"input_mean", "input_sq_mean", "gram"}:
+                self._add_moments(unfold_input(self.module, x))
+        if y is not None and y.is_floating_point():
+            if "output" in self.histograms:
+                self.histograms["output"].update(y)
+            if "output_mean" in self.needs:
+                rows = output_rows(self.module, y)
+                self._add("output_mean", rows.double().sum(0))
+                self.output_count += rows.shape[0]
+
+    def _add_moments(self, rows: Tensor) -> None:
+        """rows: [groups, tokens, columns]."""
+        self.count += rows.shape[1]
+        if "input_mean" in self.needs:
+            self._add("input_mean", rows.double().sum(1).flatten())
+        if "input_sq_mean" in self.needs:
+            self._add("input_sq_mean", rows.double().square().sum(1).flatten())
+        if "gram" in self.needs:
+            wide = rows.shape[2] > GRAM_IN_FLOAT64
+            product = torch.bmm(rows.transpose(1, 2).float(), rows.float())
+            self._add("gram", product if wide else product.double())
+
+    def _add(self, key: str, value: Tensor) -> None:
+        if key in self.sums:
+            self.sums[key] += value
+        else:
+            self.sums[key] = value.clone()
+
+    def freeze(self) -> LayerStats:
+        fields: dict[str, Any] = {side: h.freeze() for side, h in self.histograms.items() if h.count}
+        for key, total in self.sums.items():
+            if key == "output_mean":
+                fields[key] = total / self.output_count
+            else:
+                fields[key] = total * ((2.0 if key == "gram" else 1.0) / self.count)
+        if "gram" in fields:
+            fields["gram"] = (fields["gram"] + fields["gram"].transpose(1, 2)) / 2
+        return LayerStats(**fields, examples=self.count or self.output_count)
+
+
+def unfold_input(module: nn.Module, x: Tensor) -> Tensor:
+    """Inputs as the rows a layer's unfolded weight multiplies: [groups, tokens or positions, columns].
+
+    Linear: the leading axes are tokens. Conv1d and Conv2d: im2col with the layer's stride, padding and dilation.
+    Raises ConfigError for another kind of layer.
+    """
+    if isinstance(module, nn.Linear):
+        return x.reshape(1, -1, x.shape[-1])
+    if isinstance(module, nn.Conv1d) and not isinstance(module.padding, str) and module.padding_mode == "zeros":
+        x, kernel = x.unsqueeze(2), (1, *module.kernel_size)
+        stride, padding, dilation = (1, *module.stride), (0, *module.padding), (1, *module.dilation)
+    elif isinstance(module, nn.Conv2d) and not isinstance(module.padding, str) and module.padding_mode == "zeros":
+        kernel, stride = tuple(module.kernel_size), tuple(module.stride)
+        padding, dilation = tuple(module.padding), tuple(module.dilation)
+    else:
+        raise ConfigError(f"Inputs of a {type(module).__name__} cannot be unfolded into the rows of its weight.")
+    columns = F.unfold(x, kernel, dilation=dilation, padding=padding, stride=stride)  # [batch, in·k, positions]
+    batch, width, positions = columns.shape
+    groups = module.groups
+    split = columns.reshape(batch, groups, width // groups, positions)
+    return split.permute(1, 0, 3, 2).reshape(groups, batch * positions, width // groups)
+
+
+def output_rows(module: nn.Module, y: Tensor) -> Tensor:
+    """Outputs as [tokens or positions, channels]: the channel axis is 1 for convolutions and last otherwise."""
+    if isinstance(module, CONVOLUTIONS):
+        return y.movedim(1, -1).reshape(-1, y.shape[1])
+    return y.reshape(-1, y.shape[-1])
+
+
+def merge_stats(*parts: Mapping[str, LayerStats]) -> dict[str, LayerStats]:
+    """Statistics of the same layers from several passes in one record each; later parts win where both have a field."""
+    merged: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        for name, stats in part.items():
+            fields = {k: v for k, v in vars(stats).items() if v is not None}
+            merged.setdefault(name, {}).update(fields)
+    return {name: LayerStats(**fields) for name, fields in merged.items()}
+
+
+def first_batch(data: Data) -> Batch:
+    """The first calibration batch; raises DataError where there is none."""
+    for batch in data.calibration_batches:
+        return batch
+    raise DataError("The calibration data hold no batches.")

@@ -1,0 +1,146 @@
+"""Gradients of the loss per example: their mean, their mean square (Fisher), and the Hessian's diagonal (Hutchinson)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gracile.data import Batch, Data, batch_size, slice_batch
+from gracile.errors import ConfigError, DataError
+from gracile.layer_stats import GRADIENT_STATS, LayerStats
+
+
+def collect_gradients(
+    model: nn.Module,
+    parameters: Collection[str],
+    needs: Collection[str],
+    data: Data,
+    *,
+    examples: int = 256,
+    probes: int = 1,
+    generator: torch.Generator | None = None,
+    on_example: Callable[[int], None] | None = None,
+) -> dict[str, LayerStats]:
+    """Gradient statistics of the named parameters over the first `examples` training examples, by parameter name.
+
+    gradient: mean of dL/dw. gradient_sq: mean of (dL/dw)² over single examples (one backward pass each: the mean
+    square of batch gradients is another quantity). hessian_diagonal: E[v ⊙ ∇(∇L·v)] with v = ±1 (Hutchinson 1990),
+    `probes` draws for each batch.
+
+    The model is in eval mode (no dropout, stored batch-norm statistics) and as before afterwards. Raises DataError
+    where `data.train` or `data.loss` is missing or a loss is not finite.
+    """
+    unknown = set(needs) - GRADIENT_STATS
+    if unknown:
+        raise ConfigError(f"Unknown gradient statistics: {', '.join(sorted(unknown))}.")
+    if data.train is None or data.loss is None:
+        raise DataError(
+            "A criterion that needs gradients needs labelled data and a loss.\n"
+            "  Pass Data(train=..., loss=gracile.losses.cross_entropy), or use Magnitude(), which needs neither."
+        )
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    wanted = {name: tensors[name] for name in parameters}
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    for name, p in model.named_parameters():
+        p.requires_grad_(any(p is w for w in wanted.values()))
+    try:
+        sums, count = _first_order(model, wanted, needs, data, examples, on_example)
+        if "hessian_diagonal" in needs:
+            sums["hessian_diagonal"] = _hutchinson(model, wanted, data, examples, probes, generator)
+    finally:
+        for name, p in model.named_parameters():
+            p.requires_grad_(flags[name])
+        for module, training in modes:
+            module.training = training
+    return {
+        name: LayerStats(**{key: values[name] for key, values in sums.items()}, examples=count) for name in wanted
+    }
+
+
+def _first_order(
+    model: nn.Module,
+    wanted: dict[str, nn.Parameter],
+    needs: Collection[str],
+    data: Data,
+    examples: int,
+    on_example: Callable[[int], None] | None,
+) -> tuple[dict[str, dict[str, Tensor]], int]:
+    keys = [key for key in ("gradient", "gradient_sq") if key in needs]
+    sums = {key: {name: torch.zeros_like(p, dtype=torch.float32) for name, p in wanted.items()} for key in keys}
+    count = 0
+    size = 1 if "gradient_sq" in needs else None
+    for piece in _pieces(data, examples if keys else 0, size):
+        gradients = _gradients(_loss(model, data, piece), wanted)
+        weight = batch_size(piece)
+        for name, g in gradients.items():
+            if "gradient" in sums:
+                sums["gradient"][name] += weight * g
+            if "gradient_sq" in sums:
+                sums["gradient_sq"][name] += g.square()
+        count += weight
+        if on_example is not None:
+            on_example(count)
+    if keys and count == 0:
+        raise DataError("The training data hold no batches.")
+    return {key: {name: total / count for name, total in s.items()} for key, s in sums.items()}, count
+
+
+def _hutchinson(
+    model: nn.Module,
+    wanted: dict[str, nn.Parameter],
+    data: Data,
+    examples: int,
+    probes: int,
+    generator: torch.Generator | None,
+) -> dict[str, Tensor]:
+    total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in wanted.items()}
+    count = 0
+    for piece in _pieces(data, examples, None):
+        weight = batch_size(piece)
+        loss = _loss(model, data, piece)
+        gradients = torch.autograd.grad(loss, list(wanted.values()), create_graph=True, materialize_grads=True)
+        for _ in range(probes):
+            signs = [
+                torch.randint(0, 2, g.shape, generator=generator).to(g).mul_(2).sub_(1) for g in gradients
+            ]
+            products = torch.autograd.grad(
+                gradients, list(wanted.values()), signs, retain_graph=True, materialize_grads=True
+            )
+            for name, v, hv in zip(wanted, signs, products):
+                total[name] += weight / probes * (v * hv).float()
+        count += weight
+    if count == 0:
+        raise DataError("The training data hold no batches.")
+    return {name: value / count for name, value in total.items()}
+
+
+def _pieces(data: Data, examples: int, size: int | None) -> Any:
+    """The first `examples` training examples, in whole batches cut to fit, or in pieces of `size`."""
+    left = examples
+    for batch in data.train or ():
+        if left <= 0:
+            return
+        n = min(batch_size(batch), left)
+        for start in range(0, n, size or n):
+            yield slice_batch(batch, start, min(start + (size or n), n))
+        left -= n
+
+
+def _loss(model: nn.Module, data: Data, batch: Batch) -> Tensor:
+    assert data.loss is not None
+    loss = data.loss(data.forward(model, batch), batch)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise DataError(f"Data(loss=...): expected a scalar tensor, got {type(loss).__name__}.")
+    if not torch.isfinite(loss):
+        raise DataError("Data(loss=...): the loss is not finite on a training batch. Check labels and inputs.")
+    return loss.reshape(())
+
+
+def _gradients(loss: Tensor, wanted: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    gradients = torch.autograd.grad(loss, list(wanted.values()), materialize_grads=True)
+    return {name: g.float() for name, g in zip(wanted, gradients)}
