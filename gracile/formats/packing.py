@@ -12,7 +12,7 @@ def packed_bytes(count: int, bits: int) -> int:
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Codes of a flattened tensor as bytes: bit k of code i is bit i·bits + k of a stream, bit j of byte b its bit 8·b + j.
+    """Codes as bytes: bit k of code i is bit i·bits + k of one stream, bit j of byte b is its bit 8·b + j.
 
     codes: any shape and integer dtype; the low `bits` bits of each are kept, so negative codes are two's complement.
     Returns uint8 [ceil(n · bits / 8)]; unused bits of the last byte are zero. At 4 bits the low nibble comes first,

@@ -1,0 +1,169 @@
+"""What every number format must satisfy. A new format joins by one row of MEMBERS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gracile.formats import (
+    FixedPoint,
+    Format,
+    Int,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    format_from_config,
+    format_to_config,
+)
+
+Step = Callable[[Tensor, dict[str, Tensor]], Tensor]
+
+
+def per_tensor(weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    return tensors["scale"].expand(weight.shape)
+
+
+def per_row(weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    return tensors["scale"].reshape(-1, *[1] * (weight.ndim - 1)).expand(weight.shape)
+
+
+def per_column(weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    return tensors["scale"].reshape(1, -1, *[1] * (weight.ndim - 2)).expand(weight.shape)
+
+
+def per_group_of_6(weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    return tensors["scale"].repeat_interleave(6, dim=1).reshape(weight.shape)
+
+
+def constant_256th(weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    return torch.full(weight.shape, 1 / 256)
+
+
+#: format, distance between neighbouring representable values at each weight, largest magnitude it is meant for.
+MEMBERS: list[tuple[Format, Step, float]] = [
+    *[(Int(bits), per_row, 1e30) for bits in range(2, 9)],
+    *[(Int(bits, symmetric=False), per_row, 1e30) for bits in range(2, 9)],
+    (Int(8, PerTensor()), per_tensor, 1e30),
+    (Int(5, PerTensor(), symmetric=False), per_tensor, 1e30),
+    (Int(8, PerChannel(1)), per_column, 1e30),
+    (Int(3, PerChannel(1), symmetric=False), per_column, 1e30),
+    (Int(4, PerGroup(6)), per_group_of_6, 1e30),
+    (Int(2, PerGroup(6), symmetric=False), per_group_of_6, 1e30),
+    (FixedPoint(256), constant_256th, 8e6),
+]
+#: Three roundings to float32 (scale, quotient, product), each 2^-24 of at most 255 steps, come to 4.6e-5 steps.
+ROUNDING_STEPS = 1e-4
+
+each_member = pytest.mark.parametrize(("fmt", "step", "limit"), MEMBERS, ids=lambda value: str(value))
+
+
+@st.composite
+def weights(draw: st.DrawFn) -> Tensor:
+    """Weights of every magnitude and awkward content; every shape has columns in groups of 6."""
+    shape = draw(st.sampled_from([(1, 6), (7, 6), (3, 30), (5, 2, 3), (3, 6, 1, 1), (5, 4, 3, 3)]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    kind = draw(st.sampled_from(["normal", "positive", "zero", "constant", "zero row", "outlier", "few values"]))
+    weight = torch.randn(shape, generator=generator)
+    if kind == "positive":
+        weight = weight.abs() + 0.5
+    elif kind == "zero":
+        weight = torch.zeros(shape)
+    elif kind == "constant":
+        weight = weight.flatten()[0].expand(shape).clone()
+    elif kind == "zero row":
+        weight[0] = 0
+    elif kind == "outlier":
+        weight.flatten()[0] *= 1e4
+    elif kind == "few values":
+        weight = weight.sign() * 0.5
+    weight = weight * 10.0 ** draw(st.integers(-44, 25))
+    return weight.to(draw(st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16])))
+
+
+def inside(weight: Tensor, limit: float) -> bool:
+    return bool(torch.isfinite(weight.float()).all()) and float(weight.float().abs().max()) <= limit
+
+
+@each_member
+@settings(max_examples=40, deadline=None)
+@given(weight=weights())
+def test_decoded_weights_are_within_half_a_step(fmt: Format, step: Step, limit: float, weight: Tensor) -> None:
+    if not inside(weight, limit):
+        return
+    tensors = fmt.encode(weight)
+    decoded = fmt.decode(tensors)
+    assert decoded.dtype == torch.float32
+    assert decoded.shape == weight.shape
+    steps = step(weight, tensors).double()
+    # For fixed point the step is constant, so the float32 rounding of a large weight counts on its own.
+    bound = (0.5 + ROUNDING_STEPS) * steps + 2.0**-23 * weight.double().abs()
+    assert bool(((decoded.double() - weight.float().double()).abs() <= bound).all())
+
+
+@each_member
+@settings(max_examples=25, deadline=None)
+@given(weight=weights())
+def test_zero_stays_exactly_zero(fmt: Format, step: Step, limit: float, weight: Tensor) -> None:
+    if not inside(weight, limit):
+        return
+    decoded = fmt.decode(fmt.encode(weight))
+    assert bool((decoded[weight == 0] == 0).all())
+
+
+@each_member
+@settings(max_examples=25, deadline=None)
+@given(weight=weights())
+def test_encoding_a_decoded_weight_again_gives_the_same_codes(
+    fmt: Format, step: Step, limit: float, weight: Tensor
+) -> None:
+    if not inside(weight, limit):
+        return
+    first = fmt.encode(weight)
+    given_again = {name: first[name] for name in ("scale", "zero_point") if name in first}
+    second = fmt.encode(fmt.decode(first), **given_again)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@each_member
+@pytest.mark.parametrize("shape", [(1, 6), (7, 18), (5, 6, 3, 3), (3, 6, 1)])
+def test_bytes_are_as_declared(fmt: Format, step: Step, limit: float, shape: tuple[int, ...]) -> None:
+    tensors = fmt.encode(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    stored = sum(t.numel() * t.element_size() for name, t in tensors.items() if name != "shape")
+    assert stored == fmt.size_bytes(shape)
+    assert tensors["shape"].tolist() == list(shape)
+    assert tensors["shape"].dtype == torch.int64
+
+
+@each_member
+def test_survives_a_file_bit_for_bit(fmt: Format, step: Step, limit: float, tmp_path) -> None:
+    weight = torch.randn(7, 6, 3, 3, generator=torch.Generator().manual_seed(1))
+    tensors = fmt.encode(weight)
+    save_file(tensors, tmp_path / "weight.safetensors")
+    read = load_file(tmp_path / "weight.safetensors")
+    assert torch.equal(fmt.decode(read), fmt.decode(tensors))
+    assert format_from_config(format_to_config(fmt)) == fmt
+
+
+@each_member
+def test_the_weight_is_left_alone_and_the_answer_repeats(fmt: Format, step: Step, limit: float) -> None:
+    weight = torch.nn.Parameter(torch.randn(5, 12, generator=torch.Generator().manual_seed(2)))
+    before = weight.detach().clone()
+    first, second = fmt.encode(weight), fmt.encode(weight)
+    assert torch.equal(weight.detach(), before)
+    assert all(torch.equal(first[name], second[name]) and not first[name].requires_grad for name in first)
+
+
+@each_member
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused(fmt: Format, step: Step, limit: float, bad: float) -> None:
+    weight = torch.ones(2, 6)
+    weight[1, 2] = bad
+    with pytest.raises(ValueError, match="NaN"):
+        fmt.encode(weight)

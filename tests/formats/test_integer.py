@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from gracile.errors import ConfigError, DataError
+from gracile.formats import Int, PerChannel, PerGroup, PerTensor, bits_per_weight
+
+
+def test_codes_and_scales_by_hand() -> None:
+    tensors = Int(4).encode(torch.tensor([[7.0, -1.4, 3.5, 0.0], [0.7, -0.7, 0.05, 0.1]]))
+    assert tensors["scale"].tolist() == pytest.approx([1.0, 0.1])
+    # codes 7, -1, 4 (3.5 goes to even), 0 and 7, -7, 0 or 1, 1: low nibble first
+    assert tensors["codes"].tolist()[:2] == [0xF7, 0x04]
+    assert tensors["codes"].tolist()[2] == 0x97
+
+
+def test_asymmetric_by_hand() -> None:
+    tensors = Int(8, PerTensor(), symmetric=False).encode(torch.tensor([-1.0, 0.0, 4.1]))
+    assert tensors["scale"].item() == pytest.approx(5.1 / 255)
+    assert tensors["zero_point"].item() == 50
+    assert tensors["zero_point"].dtype == torch.int16
+    assert tensors["codes"].tolist() == [0, 50, 255]
+    assert tensors["codes"].dtype == torch.uint8
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_per_channel_against_numpy(bits: int, symmetric: bool) -> None:
+    weight = torch.randn(5, 3, 2, 2, generator=torch.Generator().manual_seed(bits))
+    w = weight.numpy()
+    expected = np.empty_like(w)
+    for c in range(5):
+        if symmetric:
+            qmin, qmax, zero = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, np.float32(0)
+            scale = np.abs(w[c]).max() / np.float32(qmax)
+        else:
+            qmin, qmax = 0, 2**bits - 1
+            low, high = min(w[c].min(), np.float32(0)), max(w[c].max(), np.float32(0))
+            scale = high / np.float32(qmax) - low / np.float32(qmax)
+            zero = np.round(-low / scale)
+        expected[c] = (np.clip(np.round(w[c] / scale) + zero, qmin, qmax) - zero) * scale
+    fmt = Int(bits, symmetric=symmetric)
+    # The same float32 operations in the same order.
+    np.testing.assert_array_equal(fmt.decode(fmt.encode(weight)).numpy(), expected)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_eight_bit_codes_equal_onnxruntime(symmetric: bool) -> None:
+    onnx = pytest.importorskip("onnx")
+    ort = pytest.importorskip("onnxruntime")
+    fmt = Int(8, PerTensor(), symmetric=symmetric)
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 3
+    tensors = fmt.encode(x.clamp(-4, 5))
+    kind = onnx.TensorProto.INT8 if symmetric else onnx.TensorProto.UINT8
+    zero = int(tensors["zero_point"]) if not symmetric else 0
+    node = onnx.helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["codes"])
+    graph = onnx.helper.make_graph(
+        [node],
+        "quantize",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1000])],
+        [onnx.helper.make_tensor_value_info("codes", kind, [1000])],
+        [
+            onnx.numpy_helper.from_array(tensors["scale"].numpy(), "scale"),
+            onnx.numpy_helper.from_array(np.array(zero, np.int8 if symmetric else np.uint8), "zero"),
+        ],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    expected = session.run(None, {"x": x.numpy()})[0]  # some of x lies outside the range and saturates
+    codes = fmt.quantize(x, tensors["scale"], tensors.get("zero_point"))
+    np.testing.assert_array_equal(codes.numpy(), expected)
+
+
+def test_a_given_scale_clips() -> None:
+    tensors = Int(8).encode(torch.tensor([[1.0, -2.0, 0.5]]), scale=torch.tensor([0.5 / 127]))
+    assert tensors["codes"].tolist() == [[127, -128, 127]]
+
+
+def test_an_all_zero_channel_gets_scale_one() -> None:
+    tensors = Int(8).encode(torch.tensor([[0.0, 0.0], [1.0, 2.0]]))
+    assert tensors["scale"][0].item() == 1.0
+    assert Int(8, symmetric=False).encode(torch.zeros(2, 2))["zero_point"].tolist() == [0, 0]
+
+
+def test_scales_are_never_denormal() -> None:
+    weight = torch.tensor([[1e-40, -3e-41]])
+    for symmetric in (True, False):
+        scale = Int(8, symmetric=symmetric).encode(weight)["scale"]
+        assert scale.item() == torch.finfo(torch.float32).tiny
+
+
+def test_ranges_wider_than_float32_still_fit() -> None:
+    weight = torch.tensor([[-3e38, 3e38]])
+    fmt = Int(8, symmetric=False)
+    assert torch.isfinite(fmt.decode(fmt.encode(weight))).all()
+
+
+def test_bits_per_weight_counts_the_scales() -> None:
+    assert bits_per_weight(Int(4, PerGroup(32)), (64, 64)) == 4 + 32 / 32
+    assert bits_per_weight(Int(8, PerTensor(), symmetric=False), (10,)) == 8 + 48 / 10
+
+
+@pytest.mark.parametrize("bits", [1, 9, 0, 2.5, True, "4"])
+def test_impossible_bits_are_refused(bits: object) -> None:
+    with pytest.raises(ConfigError, match="from 2 to 8"):
+        Int(bits)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fmt", "settings", "said"),
+    [
+        (Int(8), {"scale": torch.ones(4)}, "expected shape"),
+        (Int(8), {"scale": torch.tensor([1.0, -1.0, 1.0])}, "positive"),
+        (Int(8), {"scale": torch.tensor([1.0, float("nan"), 1.0])}, "positive"),
+        (Int(8), {"scale": torch.ones(3), "zero_point": torch.zeros(3)}, "symmetric=False"),
+        (Int(8, symmetric=False), {"zero_point": torch.zeros(3)}, "goes with a scale"),
+        (Int(4, symmetric=False), {"scale": torch.ones(3), "zero_point": torch.full((3,), 16)}, "must lie in"),
+    ],
+)
+def test_impossible_scales_are_refused(fmt: Int, settings: dict[str, torch.Tensor], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        fmt.encode(torch.ones(3, 2), **settings)
+
+
+def test_integers_are_no_weights() -> None:
+    with pytest.raises(DataError, match="not floating point"):
+        Int(8).encode(torch.ones(2, 2, dtype=torch.int64))
+    with pytest.raises(ConfigError, match="PerTensor"):
+        Int(8, 128)  # type: ignore[arg-type]
+    assert Int().granularity == PerChannel(0)
