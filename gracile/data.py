@@ -64,6 +64,11 @@ class Data:
                 raise DataError(f"Data({role}=...): expected a callable, got {type(value).__name__}.")
 
     @property
+    def has_calibration(self) -> bool:
+        """Whether there are batches to calibrate on."""
+        return self.calibration is not None or self.train is not None
+
+    @property
     def calibration_batches(self) -> Iterable[Batch]:
         """The batches to calibrate on: `calibration`, or else `train`."""
         batches = self.calibration if self.calibration is not None else self.train

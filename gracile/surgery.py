@@ -137,15 +137,22 @@ def _cut(name: str, tensor: Tensor, axis: int, indices: tuple[int, ...]) -> Tens
 
 
 def _set_attribute(model: nn.Module, path: str, value: int | tuple[int, ...]) -> None:
-    """Set an integer on the module, or on an object that a module holds, named by a dotted path."""
+    """Set an integer on the module, or on an object that a module holds, named by a dotted path.
+
+    Only integers, and tuples or lists of integers, that are there already: a journal can change nothing else.
+    """
     owner_path, _, attribute = path.rpartition(".")
     owner: Any = model
-    for part in filter(None, owner_path.split(".")):
-        owner = owner[int(part)] if part.isdigit() and isinstance(owner, (list, tuple)) else getattr(owner, part)
-    if isinstance(getattr(owner, attribute, None), list):
-        setattr(owner, attribute, list(value) if isinstance(value, tuple) else value)
-    else:
-        setattr(owner, attribute, value)
+    try:
+        for part in filter(None, owner_path.split(".")):
+            owner = owner[int(part)] if isinstance(owner, (list, tuple)) else getattr(owner, part)
+        old = getattr(owner, attribute)
+    except (AttributeError, ValueError, IndexError) as error:
+        raise ArtifactError(f"Resize: the model ({type(model).__name__}) has no attribute '{path}'.") from error
+    integers = old if isinstance(old, (list, tuple)) else (old,)
+    if "__" in path or not all(isinstance(i, int) for i in integers):
+        raise ArtifactError(f"Resize: '{path}' is not an integer, or a list of integers, and cannot be resized.")
+    setattr(owner, attribute, list(value) if isinstance(old, list) and isinstance(value, tuple) else value)
 
 
 def _relink_recurrent(module: nn.RNNBase) -> None:

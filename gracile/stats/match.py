@@ -1,0 +1,221 @@
+"""Batch-norm and bias correction: the means and variances of the original, restored in a compressed copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gracile.data import Batch, Data, logits_of
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+FLOOR = 1e-12  # of a variance in a ratio: a channel that is constant in both models keeps its stored variance
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What `match_statistics` did: layers corrected, and the error on held-out batches before and after.
+
+    error_before, error_after: ‖y − y₀‖² / ‖y₀‖² of the model's output against the original's.
+    accepted: False where the correction did not lower the error, and was taken back.
+    """
+
+    layers: tuple[str, ...]
+    error_before: float
+    error_after: float
+    accepted: bool
+
+
+def match_statistics(
+    model: nn.Module,
+    original: nn.Module,
+    data: Data,
+    kept: Mapping[str, Tensor],
+    *,
+    biases: bool = True,
+    on_batch: Callable[[int], None] | None = None,
+) -> Correction:
+    """Correct stored batch-norm statistics and biases by the difference to the original on the same batches.
+
+        mean ← stored mean + (mean of compressed − mean of original)
+        variance ← stored variance · (variance of compressed / variance of original)
+        bias ← bias + (mean output of original − mean output of compressed)
+
+    Both models see the same batch side by side, and each layer of the compressed one already computes with the
+    corrected values of that batch, as in re-estimation; corrections are averaged over batches. For an unchanged model
+    this is the identity, whatever its stored statistics (plain re-estimation is not).
+
+    kept: layer name -> indices of the original's output channels that the compressed layer still has; layers not named
+    have them all. biases: also correct linear and convolution layers that have a bias (a batch norm
+    behind one takes the shift out again).
+    One batch in eight, at least one, is held out; the correction is kept if the model's output error there falls.
+    """
+    batches = list(data.calibration_batches)
+    held_out = batches[::8] if len(batches) > 1 else batches
+    fitted = [b for i, b in enumerate(batches) if i % 8] if len(batches) > 1 else batches
+    layers = _correctable(model, original, biases)
+    modes = [(m, m.training) for net in (model, original) for m in net.modules()]
+    model.eval(), original.eval()
+    before = _output_error(model, original, data, held_out)
+    backup = {name: _state(model.get_submodule(name)) for name in layers}
+    matcher = _Matcher(model, original, layers, kept)
+    try:
+        with torch.no_grad(), matcher:
+            for i, batch in enumerate(fitted):
+                data.forward(original, batch)
+                data.forward(model, batch)
+                if on_batch is not None:
+                    on_batch(i + 1)
+        matcher.store()
+        after = _output_error(model, original, data, held_out)
+    finally:
+        for module, training in modes:
+            module.training = training
+    accepted = after < before
+    if not accepted:
+        with torch.no_grad():
+            for name, state in backup.items():
+                for key, value in state.items():
+                    getattr(model.get_submodule(name), key).copy_(value)
+    return Correction(tuple(layers) if accepted else (), before, after, accepted)
+
+
+def _correctable(model: nn.Module, original: nn.Module, biases: bool) -> list[str]:
+    names = dict(original.named_modules())
+    chosen = []
+    for name, module in model.named_modules():
+        if name not in names:
+            continue
+        if isinstance(module, BATCH_NORMS) and module.running_mean is not None and isinstance(names[name], BATCH_NORMS):
+            chosen.append(name)
+        elif biases and isinstance(getattr(module, "bias", None), Tensor) and _has_channels(module):
+            chosen.append(name)
+    return chosen
+
+
+def _has_channels(module: nn.Module) -> bool:
+    """Linear and convolution layers, quantized ones too: a weight of two axes or more and a bias for each output."""
+    name = type(module).__name__
+    return "Linear" in name or "Conv" in name
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    keys = ("running_mean", "running_var") if isinstance(module, BATCH_NORMS) else ("bias",)
+    return {key: getattr(module, key).detach().clone() for key in keys}
+
+
+def _output_error(model: nn.Module, original: nn.Module, data: Data, batches: list[Batch]) -> float:
+    error = scale = 0.0
+    with torch.no_grad():
+        for batch in batches:
+            reference = logits_of(data.forward(original, batch)).double()
+            output = logits_of(data.forward(model, batch)).double()
+            if reference.shape != output.shape:
+                return float("inf")
+            error += float((output - reference).square().sum())
+            scale += float(reference.square().sum())
+    return error / max(scale, FLOOR)
+
+
+class _Matcher:
+    """Hooks on both models: the original's moments of a batch, and the compressed one corrected by them on the fly."""
+
+    def __init__(self, model: nn.Module, original: nn.Module, layers: list[str], kept: Mapping[str, Tensor]) -> None:
+        self.model, self.original, self.layers, self.kept = model, original, layers, kept
+        self.moments: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}  # one for each call
+        self.sums: dict[str, list[Tensor]] = {}
+        self.counts: dict[str, int] = {}
+        self.stored = {name: _state(model.get_submodule(name)) for name in layers}
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> _Matcher:
+        for name in self.layers:
+            norm = isinstance(self.model.get_submodule(name), BATCH_NORMS)
+            reference, layer = self.original.get_submodule(name), self.model.get_submodule(name)
+            if norm:
+                self.handles.append(reference.register_forward_pre_hook(self._reference_input(name)))
+                self.handles.append(layer.register_forward_pre_hook(self._correct_norm(name)))
+            else:
+                self.handles.append(reference.register_forward_hook(self._reference_output(name)))
+                self.handles.append(layer.register_forward_hook(self._correct_bias(name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _remember(self, name: str, rows: Tensor) -> None:
+        variance, mean = torch.var_mean(rows.double(), dim=0, correction=0)
+        if name in self.kept:
+            indices = self.kept[name].to(mean.device)
+            mean, variance = mean[indices], variance[indices]
+        self.moments[name].append((mean, variance))
+
+    def _reference_input(self, name: str) -> Callable[..., None]:
+        return lambda module, args: self._remember(name, args[0].movedim(1, -1).flatten(0, -2))
+
+    def _reference_output(self, name: str) -> Callable[..., None]:
+        return lambda module, args, output: self._remember(name, _rows(module, output))
+
+    def _correct_norm(self, name: str) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Tensor, ...]) -> None:
+            if not self.moments[name]:
+                return
+            rows = args[0].movedim(1, -1).flatten(0, -2)
+            variance, mean = torch.var_mean(rows.double(), dim=0, correction=0)
+            mean0, variance0 = self.moments[name].pop(0)
+            new_mean = self.stored[name]["running_mean"].double() + (mean - mean0)
+            ratio = torch.where(variance0 > FLOOR, variance / variance0.clamp_min(FLOOR), torch.ones_like(variance))
+            new_variance = self.stored[name]["running_var"].double() * ratio
+            self._accumulate(name, [new_mean, new_variance])
+            module.running_mean.copy_(new_mean)
+            module.running_var.copy_(new_variance)
+
+        return hook
+
+    def _correct_bias(self, name: str) -> Callable[..., Tensor | None]:
+        def hook(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if not self.moments[name]:
+                return None
+            mean0, _ = self.moments[name].pop(0)
+            shift = mean0 - _rows(module, output).double().mean(0)
+            self._accumulate(name, [shift])
+            view = [1] * output.ndim
+            view[1 if _channel_first(module) else -1] = -1
+            return output + shift.to(output.dtype).view(view)
+
+        return hook
+
+    def _accumulate(self, name: str, values: list[Tensor]) -> None:
+        self.counts[name] = self.counts.get(name, 0) + 1
+        if name in self.sums:
+            self.sums[name] = [a + b for a, b in zip(self.sums[name], values)]
+        else:
+            self.sums[name] = values
+
+    def store(self) -> None:
+        """Put the averages into the model."""
+        with torch.no_grad():
+            for name in self.layers:
+                module: Any = self.model.get_submodule(name)
+                if name not in self.sums:
+                    continue
+                averages = [total / self.counts[name] for total in self.sums[name]]
+                if isinstance(module, BATCH_NORMS):
+                    module.running_mean.copy_(averages[0])
+                    module.running_var.copy_(averages[1])
+                else:
+                    module.bias.add_(averages[0].to(module.bias.dtype))
+
+
+def _channel_first(module: nn.Module) -> bool:
+    return "Conv" in type(module).__name__
+
+
+def _rows(module: nn.Module, output: Tensor) -> Tensor:
+    if _channel_first(module) and output.ndim > 2:
+        return output.movedim(1, -1).flatten(0, -2)
+    return output.reshape(-1, output.shape[-1])

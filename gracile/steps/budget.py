@@ -1,0 +1,87 @@
+"""How much to cut for a budget of MACs, parameters, bytes or measured latency."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from gracile.context import Context
+from gracile.data import Batch
+from gracile.errors import ConfigError
+from gracile.evaluate.latency import measure_latency
+from gracile.evaluate.size import state_bytes
+from gracile.goal import Budget, Bytes, Latency, MACs, Parameters
+from gracile.graph import Trace, cut_macs, plan_resize
+from gracile.surgery import apply
+
+Keep = dict[str, list[int]]
+BISECTIONS = 20  # of a fraction in [0, 1]: finer than one unit of any layer met in practice
+LATENCY_BISECTIONS = 5  # each exports and times a candidate; widths in steps of 1/32
+
+
+def meet_budget(
+    budget: Budget, model: nn.Module, traced: Trace, at: Callable[[float], Keep], context: Context, batch: Batch
+) -> Keep:
+    """The units kept by the smallest fraction removed, by bisection, whose cost is within the budget.
+
+    at: fraction of units removed -> units kept. Raises ConfigError naming the nearest cost that can be reached.
+    """
+    cost = _cost(budget, model, traced, context, batch)
+    original = cost({})
+    limit = budget.limit(original)
+    low, high = 0.0, 0.99
+    if original <= limit:
+        raise ConfigError(f"Prune(to={budget}): the model is within this budget already ({original:g}).")
+    reached = cost(at(high))
+    if reached > limit:
+        raise ConfigError(
+            f"Prune(to={budget}): cannot be met; the nearest that can be reached by cutting is {reached:g} of "
+            f"{original:g} ({reached / original:.3f}).\n  Ask for at least that, or allow more layers to be cut."
+        )
+    for _ in range(LATENCY_BISECTIONS if isinstance(budget, Latency) else BISECTIONS):
+        middle = (low + high) / 2
+        if cost(at(middle)) <= limit:
+            high = middle
+        else:
+            low = middle
+    return at(high)
+
+
+def _cost(
+    budget: Budget, model: nn.Module, traced: Trace, context: Context, batch: Batch
+) -> Callable[[Mapping[str, Sequence[int]]], float]:
+    if isinstance(budget, MACs):
+        return lambda keep: float(cut_macs(traced, keep))
+    if isinstance(budget, (Parameters, Bytes)):
+
+        def stored(keep: Mapping[str, Sequence[int]]) -> float:
+            trial = _cut(model, traced, keep)
+            if isinstance(budget, Bytes):
+                return float(state_bytes(trial))
+            return float(sum(p.numel() for p in trial.parameters()))
+
+        return stored
+    assert isinstance(budget, Latency)
+    target = budget.target or context.target
+    if target is None:
+        raise ConfigError(f"Prune(to={budget}): no target to measure on.\n  Pass Latency(0.5, target=OnnxRuntime()).")
+
+    def latency(keep: Mapping[str, Sequence[int]]) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            path = target.export(_cut(model, traced, keep), batch, Path(folder) / "model", feed=context.data.feed)
+            runner = target.load(path)
+            measured = measure_latency({"candidate": lambda: runner(batch)}, seconds=1.0)
+        return measured["candidate"].p50_ms
+
+    return latency
+
+
+def _cut(model: nn.Module, traced: Trace, keep: Mapping[str, Sequence[int]]) -> nn.Module:
+    trial = copy.deepcopy(model)
+    if keep:
+        apply(trial, [plan_resize(traced, keep)])
+    return trial

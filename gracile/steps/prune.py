@@ -1,0 +1,121 @@
+"""Prune: remove weights or whole units, as criterion × pattern × allocation × repair."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+from torch import nn
+
+from gracile.allocate import GlobalRank, Uniform
+from gracile.context import Context
+from gracile.criteria import Magnitude
+from gracile.errors import ConfigError
+from gracile.goal import Budget
+from gracile.patterns import NM, Channels, Heads, Unstructured
+from gracile.recipe import Recorder, Step
+from gracile.report.model import StepRecord
+from gracile.steps.prune_units import prune_units
+from gracile.steps.prune_weights import prune_weights
+
+
+@dataclass(frozen=True)
+class Prune(Step):
+    """Remove the weights (or channels, neurons, heads) that a criterion scores lowest.
+
+    fraction: share to remove, in (0, 1): of the weights for `Unstructured`, of the units for `Channels` and `Heads`.
+    below: remove what scores less than this; with `Magnitude`, weights with |w| < below, or units whose producing
+        weights have a norm below it.
+    to: remove units until a budget is met: MACs, Parameters, Bytes or Latency.
+        Exactly one of `fraction`, `below` and `to` is given, or none with `NM(keep, of)`, whose amount is its name.
+    criterion: (weight, stats) -> scores, higher is kept.
+    pattern: what is removed together.
+    allocation: how a total is shared out over layers. None: `GlobalRank()` for units, `Uniform()` for weights.
+    correct: batch-norm and bias correction after the cut, by the difference to the model before it on the calibration
+        batches; kept only if the output error on held-out batches falls.
+    exclude: name patterns of layers left alone.
+    examples: training examples behind criteria that need gradients.
+    """
+
+    fraction: float | None = None
+    _: KW_ONLY
+    below: float | None = None
+    to: Budget | None = None
+    criterion: Any = Magnitude()
+    pattern: Any = Unstructured()
+    allocation: Uniform | GlobalRank | None = None
+    correct: bool = True
+    exclude: tuple[str, ...] = ()
+    examples: int = 256
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("fraction", "below", "to") if getattr(self, name) is not None]
+        wanted = 0 if isinstance(self.pattern, NM) else 1
+        if len(given) != wanted:
+            raise ConfigError(
+                f"Prune: {' and '.join(given) or 'no amount'} given with {type(self.pattern).__name__}.\n"
+                + ("  NM's amount is its name: give none." if wanted == 0 else "  Give one of fraction, below= or to=.")
+            )
+        if self.fraction is not None and not (_is_number(self.fraction) and 0 < self.fraction < 1):
+            raise ConfigError(
+                f"Prune({self.fraction!r}): the fraction to remove must be above 0 and below 1.\n"
+                f"  Prune(0.3) removes 30 %."
+            )
+        if self.below is not None and not (_is_number(self.below) and 0 < self.below < float("inf")):
+            raise ConfigError(f"Prune(below={self.below!r}): expected a positive number.")
+        if self.to is not None and not isinstance(self.to, Budget):
+            raise ConfigError(f"Prune(to={self.to!r}): expected a budget, for example MACs(0.5).")
+        if self.to is not None and not isinstance(self.pattern, (Channels, Heads)):
+            raise ConfigError(
+                f"Prune(to={self.to!r}): single weights do not change MACs or latency.\n"
+                f"  Use pattern=Channels(), or a fraction: Prune(0.5)."
+            )
+        if not callable(self.criterion) or not hasattr(self.criterion, "needs"):
+            raise ConfigError(f"Prune(criterion={self.criterion!r}): not a criterion; try Magnitude() or Taylor().")
+        if not isinstance(self.pattern, (Unstructured, NM, Channels, Heads)):
+            raise ConfigError(f"Prune(pattern={self.pattern!r}): not a pattern; try Unstructured() or Channels().")
+        if self.examples < 1:
+            raise ConfigError(f"Prune(examples={self.examples}): expected at least 1.")
+
+    @property
+    def cuts_units(self) -> bool:
+        """Whether this changes shapes, rather than setting weights to zero."""
+        return isinstance(self.pattern, (Channels, Heads))
+
+    @property
+    def title(self) -> str:
+        what = {Channels: "channels", Heads: "heads"}.get(type(self.pattern), "weights")
+        amount = (
+            f"{self.fraction:.0%} of the {what}"
+            if self.fraction is not None
+            else f"{what} below {self.below:g}"
+            if self.below is not None
+            else f"{what} to {self.to}"
+            if self.to is not None
+            else f"{what} to {self.pattern}"
+        )
+        return f"Prune {amount} by {type(self.criterion).__name__}"
+
+    def check(self, model: nn.Module, context: Context) -> None:
+        if needs_gradients(self.criterion) and (context.data.train is None or context.data.loss is None):
+            raise ConfigError(
+                f"Prune: the criterion {type(self.criterion).__name__} needs gradients, and there are no labelled data or "
+                f"no loss.\n  Pass Data(train=..., loss=gracile.losses.cross_entropy), or use Magnitude()."
+            )
+
+    def __call__(self, model: nn.Module, context: Context) -> StepRecord:
+        self.check(model, context)
+        recorder = Recorder(self)
+        (prune_units if self.cuts_units else prune_weights)(model, self, context, recorder)
+        return recorder.record()
+
+
+def needs_gradients(criterion: Any) -> bool:
+    """Whether a criterion asks for statistics that only labelled data and a loss can give."""
+    from gracile.layer_stats import GRADIENT_STATS
+
+    return bool(set(criterion.needs) & GRADIENT_STATS)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,214 @@
+"""Whole units (channels, neurons, heads, hidden units) cut out of every tensor that carries them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gracile.allocate import GlobalRank
+from gracile.context import Context
+from gracile.criteria import Magnitude
+from gracile.data import Batch
+from gracile.errors import ConfigError, NothingChangedError
+from gracile.graph import Group, Trace, check_cut, plan_resize, trace
+from gracile.patterns import reduce_scores, unit_norms
+from gracile.recipe import Recorder
+from gracile.report.model import LayerRow
+from gracile.select import Select
+from gracile.stats.collect import first_batch
+from gracile.steps.budget import meet_budget
+from gracile.steps.correct import copy_model, correct_statistics
+from gracile.steps.scores import score_weights
+from gracile.surgery import Resize, apply
+
+if TYPE_CHECKING:
+    from gracile.steps.prune import Prune
+
+Keep = dict[str, list[int]]
+
+
+def prune_units(model: nn.Module, step: Prune, context: Context, recorder: Recorder) -> None:
+    """Cut the lowest-scored units of the selected groups, check the result, and correct statistics."""
+    batch = first_batch(context.data)
+
+    def run(net: nn.Module) -> Any:
+        return context.data.forward(net, batch)
+
+    traced = trace(model, run)
+    groups = select_groups(traced, step, context, recorder)
+    scores = score_units(model, groups, step, context)
+    keep = choose_units(model, traced, groups, scores, step, context, batch)
+    if not keep:
+        raise NothingChangedError(
+            f"Prune: no unit was removed from {len(groups)} groups; each keeps at least one, and none scored low enough.\n"
+            f"  Raise the amount; `gracile inspect` shows the groups and their sizes."
+        )
+    reference = copy_model(model)
+    keep, edit = _cut_checked(model, reference, traced, keep, run, recorder)
+    recorder.edits.append(edit)
+    for group in groups:
+        kept = len(keep.get(group.name, range(group.units)))
+        if kept < group.units:
+            recorder.layers.append(
+                LayerRow(name=group.name, kind=group.kind, action="cut", kept=kept, of=group.units, reason=group.exact)
+            )
+    recorder.numbers["units_removed"] = sum(traced.group(name).units - len(kept) for name, kept in keep.items())
+    if step.correct and context.data.has_calibration:
+        correct_statistics(model, reference, context, recorder, kept_outputs(edit))
+
+
+def select_groups(traced: Trace, step: Prune, context: Context, recorder: Recorder) -> list[Group]:
+    """Groups of the pattern's kinds that may be cut; what is left out is recorded with its reason."""
+    select = (context.select or Select()).without(*step.exclude)
+    producers = {g.name: _layers(g, "producer") for g in traced.groups}
+    Select(exclude=step.exclude).check([layer.name for layer in traced.layers])
+    chosen = []
+    for group in traced.groups:
+        if group.kind not in step.pattern.kinds:
+            continue
+        matched = [select.matches(layer) for layer in producers[group.name]] or [select.matches(group.name)]
+        if not any(matched):
+            continue
+        if group.frozen is not None:
+            recorder.skip(group.name, group.kind, group.frozen)
+        elif not all(matched):
+            outside = [layer for layer, m in zip(producers[group.name], matched) if not m]
+            recorder.skip(group.name, group.kind, f"tied to '{outside[0]}', which is not selected")
+        elif group.units < 2:
+            recorder.skip(group.name, group.kind, "a single unit")
+        else:
+            chosen.append(group)
+    if not chosen:
+        reasons = [f"{row.name}: {row.reason}" for row in recorder.layers[:5]]
+        raise ConfigError(
+            f"Prune: nothing that {type(step.pattern).__name__}() can cut.\n  "
+            + ("\n  ".join(reasons) or "The model has no such units; `gracile inspect` lists what it has.")
+        )
+    return chosen
+
+
+def score_units(model: nn.Module, groups: list[Group], step: Prune, context: Context) -> dict[str, Tensor]:
+    """One score for each unit of each group, higher is kept."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    weights = sorted({m.tensor for g in groups for m in g.members if m.tensor in parameters and parameters[m.tensor].ndim > 1})
+    if step.below is not None and isinstance(step.criterion, Magnitude):
+        return {g.name: unit_norms(g.members, {n: parameters[n].detach() for n in weights}) for g in groups}
+    elementwise = score_weights(model, weights, step.criterion, context, step.examples)
+    return {g.name: reduce_scores(g.members, elementwise) for g in groups}
+
+
+def choose_units(
+    model: nn.Module,
+    traced: Trace,
+    groups: list[Group],
+    scores: dict[str, Tensor],
+    step: Prune,
+    context: Context,
+    batch: Batch,
+) -> Keep:
+    """Indices kept of each group that loses any: by threshold, by a share of all units, or to a budget."""
+    if step.below is not None:
+        removed = {name: int((s < step.below).sum()) for name, s in scores.items()}
+        return keep_highest(groups, scores, {n: min(r, scores[n].numel() - 1) for n, r in removed.items()}, step)
+    allocation = step.allocation or GlobalRank()
+    costs = {g.name: float(_weights_per_unit(model, g)) for g in groups}
+
+    def at(fraction: float) -> Keep:
+        if fraction <= 0:
+            return {}
+        return keep_highest(groups, scores, allocation(scores, fraction, costs), step)
+
+    if step.to is not None:
+        return meet_budget(step.to, model, traced, at, context, batch)
+    assert step.fraction is not None
+    return at(step.fraction)
+
+
+def keep_highest(groups: list[Group], scores: Mapping[str, Tensor], removed: Mapping[str, int], step: Prune) -> Keep:
+    """The highest-scored units of each group, as many as `removed` leaves; equal counts for groups that must agree."""
+    multiple = getattr(step.pattern, "multiple_of", 1)
+    counts = {}
+    for group in groups:
+        kept = group.units - removed.get(group.name, 0)
+        if multiple > 1 and kept < group.units:
+            kept = min(group.units, max(multiple, round(kept / multiple) * multiple))
+        counts[group.name] = max(1, kept)
+    for key in {g.tied_count for g in groups} - {None}:
+        tied = [g.name for g in groups if g.tied_count == key]
+        agreed = round(sum(counts[name] for name in tied) / len(tied))
+        counts.update(dict.fromkeys(tied, max(1, agreed)))
+    keep: Keep = {}
+    for group in groups:
+        if counts[group.name] < group.units:
+            order = torch.argsort(scores[group.name], descending=True, stable=True)
+            keep[group.name] = sorted(order[: counts[group.name]].tolist())
+    return keep
+
+
+def kept_outputs(edit: Resize) -> dict[str, Tensor]:
+    """Layer name -> the output channels of the uncut layer that the cut one still has."""
+    kept = {}
+    for key, indices in edit.keep.items():
+        name, _, axis = key.rpartition(":")
+        layer, _, tensor = name.rpartition(".")
+        if tensor in ("bias", "running_mean") and axis == "0":
+            kept[layer] = torch.tensor(indices)
+    return kept
+
+
+def _cut_checked(
+    model: nn.Module, reference: nn.Module, traced: Trace, keep: Keep, run: Any, recorder: Recorder
+) -> tuple[Keep, Resize]:
+    """Cut, run, and compare with the zeroed original; groups that do not pass alone are left whole."""
+    edit = plan_resize(traced, keep)
+    trial = copy.deepcopy(reference)
+    apply(trial, [edit])
+    check = check_cut(reference, trial, traced, keep, run)
+    if not check.ran or (check.exact and check.reason is not None):
+        passed = {}
+        for name, kept in keep.items():
+            one = copy.deepcopy(reference)
+            apply(one, [plan_resize(traced, {name: kept})])
+            alone = check_cut(reference, one, traced, {name: kept}, run)
+            if alone.ran and not (alone.exact and alone.reason is not None):
+                passed[name] = kept
+            else:
+                recorder.skip(name, traced.group(name).kind, alone.reason or "the model does not run after this cut")
+        if not passed:
+            raise NothingChangedError(
+                f"Prune: no group can be cut so that the model still runs: {check.reason or 'it failed'}.\n"
+                f"  `gracile inspect` shows the groups; exclude them or use another pattern."
+            )
+        keep, edit = passed, plan_resize(traced, passed)
+        trial = copy.deepcopy(reference)
+        apply(trial, [edit])
+        check = check_cut(reference, trial, traced, keep, run)
+        if not check.ran:
+            raise NothingChangedError(f"Prune: the model does not run after the cut: {check.reason}.")
+    apply(model, [edit])
+    if check.max_error is not None:
+        recorder.numbers["cut_error"] = check.max_error
+    recorder.notes.append(
+        "The cut model equals the original with the same units zeroed (float64)."
+        if check.exact
+        else f"The cut model runs; it is not comparable with the zeroed original: {check.reason}."
+    )
+    return keep, edit
+
+
+def _layers(group: Group, role: str) -> list[str]:
+    return sorted({m.tensor.rpartition(".")[0] for m in group.members if m.role == role})
+
+
+def _weights_per_unit(model: nn.Module, group: Group) -> int:
+    total = 0
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    for member in group.members:
+        if member.tensor in tensors:
+            tensor = tensors[member.tensor]
+            total += tensor.numel() // tensor.shape[member.axis] * member.positions.shape[1]
+    return total
