@@ -4,9 +4,61 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from gracile.errors import ArtifactError
+from gracile.nn.grid import begin_training, end_training
+from gracile.nn.quantized import QuantizedConv, QuantizedEmbedding, QuantizedLayer, QuantizedLinear, quantized_kind
+
+__all__ = [
+    "QuantizedConv",
+    "QuantizedEmbedding",
+    "QuantizedLayer",
+    "QuantizedLinear",
+    "begin_training",
+    "build_layer",
+    "end_training",
+    "quantize_layer",
+    "quantized_kind",
+]
+
+_LAYERS: dict[str, type[QuantizedLayer]] = {
+    "QuantizedLinear": QuantizedLinear,
+    "QuantizedConv": QuantizedConv,
+    "QuantizedEmbedding": QuantizedEmbedding,
+}
 
 
 def build_layer(layer: str, config: dict[str, Any], old: nn.Module) -> nn.Module:
-    """The layer named, with its configuration, taking shapes, bias and device from the layer it replaces."""
-    raise KeyError(layer)
+    """The layer named, with its configuration, taking shapes, bias and device from the layer it replaces.
+
+    layer: "QuantizedLinear", "QuantizedConv", "QuantizedEmbedding" (their values still to be set or loaded), or
+        "Identity" for a batch norm folded away. Anything else raises ArtifactError.
+    """
+    if layer == "Identity":
+        return nn.Identity()
+    if layer not in _LAYERS:
+        raise ArtifactError(f"'{layer}' is not a layer of this version of Gracile.\n  A newer one may have it.")
+    try:
+        return _LAYERS[layer](old, config)
+    except (KeyError, AttributeError) as error:
+        raise ArtifactError(f"A {layer} cannot stand for a {type(old).__name__}: {error!r}.") from error
+
+
+def quantize_layer(old: nn.Module, tensors: dict[str, Tensor], config: dict[str, Any]) -> QuantizedLayer:
+    """The quantized layer that stands for a float one, with its values.
+
+    tensors: the buffers by name: weight_codes, weight_scale, ... (the weight's format's tensors), input_scale and
+        input_zero_point where config has an input format, the same for the output; optionally bias [out].
+    config: see `QuantizedLayer`.
+    """
+    layer = build_layer(str(quantized_kind(old)), config, old)
+    assert isinstance(layer, QuantizedLayer)
+    layer.set_weight({name: tensors[f"weight_{name}"] for name in layer.weight_tensors})
+    for role, fmt in (("input", layer.input_format), ("output", layer.output_format)):
+        if fmt is not None:
+            layer.set_range(role, tensors[f"{role}_scale"], tensors.get(f"{role}_zero_point"))
+    if "bias" in tensors:
+        assert layer.bias is not None, "config needs {'bias': true}"
+        layer.bias.data = tensors["bias"].detach().to(layer.bias)
+    return layer.train(old.training)

@@ -1,0 +1,230 @@
+"""Layers with encoded weights, and inputs and outputs on a grid: linear, convolution, embedding."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gracile.errors import ConfigError
+from gracile.formats import Format, Int, PerTensor, format_from_config, format_to_config
+from gracile.nn.grid import TrainsOnGrid, on_grid
+from gracile.nn.ops import decode, quantize_dequantize
+
+
+class QuantizedLayer(TrainsOnGrid):
+    """y = Q_out(f(Q_in(x), W, bias)), W = decode(buffers), f the operator of the float layer it replaces.
+
+    Buffers: "weight_" + the name of each tensor that the weight's format encodes to (weight_codes, weight_scale, ...);
+    input_scale [] float32 and input_zero_point [] int32 where inputs have a format; the same for the output.
+    `weight` reads the decoded weight; while training on the grid it is a float parameter (see `begin_training`).
+    """
+
+    def __init__(self, old: nn.Module, config: dict[str, Any]) -> None:
+        """Room for the tensors, not yet the right values.
+
+        config: {"weight": format, "input": format or None, "output": format or None} as `format_to_config` writes them;
+            {"bias": true} gives the layer a bias that the old one lacks.
+        """
+        super().__init__()
+        self.weight_format: Format = format_from_config(config["weight"])
+        self.input_format = _activation_format(config, "input")
+        self.output_format = _activation_format(config, "output")
+        weight: Tensor = old.weight  # type: ignore[assignment]
+        self.weight_shape = tuple(weight.shape)
+        self._format_json = json.dumps(format_to_config(self.weight_format))
+        empty = self.weight_format.encode(torch.zeros(self.weight_shape, device=weight.device))
+        self.weight_tensors = tuple(name for name in empty if name != "shape")
+        for name in self.weight_tensors:
+            self.register_buffer(f"weight_{name}", empty[name])
+        for role, fmt in (("input", self.input_format), ("output", self.output_format)):
+            if fmt is not None:
+                self.register_buffer(f"{role}_scale", torch.ones((), device=weight.device))
+                self.register_buffer(f"{role}_zero_point", torch.zeros((), dtype=torch.int32, device=weight.device))
+        bias = getattr(old, "bias", None)
+        if isinstance(bias, Tensor):
+            self.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+        elif config.get("bias"):
+            self.bias = nn.Parameter(torch.zeros(self._outputs(old), device=weight.device, dtype=weight.dtype))
+        else:
+            self.register_parameter("bias", None)
+
+    def set_weight(self, tensors: dict[str, Tensor]) -> None:
+        """Store what the weight's format encoded ("codes", "scale", ...; "shape" is not needed)."""
+        for name in self.weight_tensors:
+            buffer: Tensor = getattr(self, f"weight_{name}")
+            assert tensors[name].shape == buffer.shape, f"{name}: {tensors[name].shape}, not {buffer.shape}"
+            self._buffers[f"weight_{name}"] = tensors[name].detach().to(buffer.device)
+
+    def set_range(self, role: str, scale: Tensor, zero_point: Tensor | None) -> None:
+        """Set the grid of the "input" or the "output": scale [], and zero point [] (None: 0)."""
+        getattr(self, f"{role}_scale").fill_(scale.detach().reshape(()))
+        getattr(self, f"{role}_zero_point").fill_(0 if zero_point is None else int(zero_point))
+
+    def encoded_weight(self) -> dict[str, Tensor]:
+        """The weight as its format encodes it, with "shape"."""
+        tensors = {name: getattr(self, f"weight_{name}") for name in self.weight_tensors}
+        return {**tensors, "shape": torch.tensor(self.weight_shape, dtype=torch.int64)}
+
+    def decoded_weight(self) -> Tensor:
+        """The float32 weight that the layer computes with, in the shape of the layer it replaced."""
+        trained = self._parameters.get("weight")
+        if trained is not None:
+            return on_grid(trained, self.weight_format, self.encoded_weight())
+        tensors = [getattr(self, f"weight_{name}") for name in self.weight_tensors]
+        return decode(tensors, ",".join(self.weight_tensors), self._format_json, self.weight_shape)
+
+    @property
+    def trains(self) -> bool:
+        """Whether the layer is training on its grid."""
+        return self._parameters.get("weight") is not None
+
+    def begin_training(self) -> None:
+        """Hold the weight as a float parameter that every forward rounds to the stored grid; see `on_grid`."""
+        if not self.trains:
+            self._parameters["weight"] = nn.Parameter(self.decoded_weight().clone())
+
+    def end_training(self) -> None:
+        """Encode the trained weight on the grid it was trained on; the decoded weight stays exactly what it was."""
+        if self.trains:
+            grid = {name: getattr(self, f"weight_{name}") for name in self.weight_tensors if name != "codes"}
+            with torch.no_grad():
+                self.set_weight(self.weight_format.encode(self.decoded_weight(), **grid))
+            del self._parameters["weight"]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and not self.trains:  # some models read the weight of a layer, for its dtype or to tie it
+            return self.decoded_weight()
+        return super().__getattr__(name)
+
+    def _weight_as(self, x: Tensor) -> Tensor:
+        weight = self.decoded_weight()
+        return weight if weight.dtype == x.dtype else weight.to(x.dtype)
+
+    def _quantized(self, role: str, x: Tensor) -> Tensor:
+        fmt = self.input_format if role == "input" else self.output_format
+        if fmt is None:
+            return x
+        scale, zero_point = getattr(self, f"{role}_scale"), getattr(self, f"{role}_zero_point")
+        return quantize_dequantize(x, scale, zero_point, fmt.qmin, fmt.qmax)
+
+    def _outputs(self, old: nn.Module) -> int:
+        return self.weight_shape[0]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        codes = state_dict.get(f"{prefix}weight_codes")  # the integer type of fixed-point codes depends on the weight
+        if isinstance(codes, Tensor) and codes.dtype in (torch.int8, torch.uint8, torch.int16, torch.int32):
+            self._buffers["weight_codes"] = self.weight_codes.to(codes.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        formats = [f"weight={self.weight_format}"]
+        formats += [f"{r}={f}" for r, f in (("input", self.input_format), ("output", self.output_format)) if f]
+        return f"{tuple(self.weight_shape)}, {', '.join(formats)}, bias={self.bias is not None}"
+
+
+class QuantizedLinear(QuantizedLayer):
+    """`nn.Linear` with an encoded weight [out, in]."""
+
+    def __init__(self, old: nn.Module, config: dict[str, Any]) -> None:
+        super().__init__(old, config)
+        self.out_features, self.in_features = self.weight_shape
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = self._quantized("input", input)
+        return self._quantized("output", F.linear(x, self._weight_as(x), self.bias))
+
+
+_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+_CONV_SETTINGS = (
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "transposed",
+    "output_padding",
+    "groups",
+    "padding_mode",
+)
+
+
+class QuantizedConv(QuantizedLayer):
+    """A convolution of 1 to 3 dimensions, grouped or transposed too, with an encoded weight.
+
+    Weight: [out, in / groups, *kernel]; transposed [in, out / groups, *kernel].
+    """
+
+    def __init__(self, old: nn.Module, config: dict[str, Any]) -> None:
+        super().__init__(old, config)
+        for name in _CONV_SETTINGS:
+            setattr(self, name, getattr(old, name))
+        self._reversed_padding_repeated_twice = list(getattr(old, "_reversed_padding_repeated_twice", ()))
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = self._quantized("input", input)
+        weight, dimensions = self._weight_as(x), len(self.kernel_size)
+        if self.transposed:
+            y = _TRANSPOSED[dimensions](
+                x, weight, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
+            )
+        elif self.padding_mode != "zeros":
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            y = _CONVOLUTIONS[dimensions](x, weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        else:
+            y = _CONVOLUTIONS[dimensions](x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        return self._quantized("output", y)
+
+    def _outputs(self, old: nn.Module) -> int:
+        return int(old.out_channels)  # type: ignore[arg-type]
+
+
+class QuantizedEmbedding(QuantizedLayer):
+    """`nn.Embedding` with an encoded table [rows, width]."""
+
+    def __init__(self, old: nn.Module, config: dict[str, Any]) -> None:
+        super().__init__(old, {**config, "bias": False})
+        if config.get("input") is not None:
+            raise ConfigError("An embedding takes indices, which have no number format.\n  Leave its input format out.")
+        self.num_embeddings, self.embedding_dim = self.weight_shape
+        self.padding_idx = old.padding_idx
+        self.table_dtype: torch.dtype = old.weight.dtype  # type: ignore[assignment,union-attr]
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = F.embedding(input, self.decoded_weight(), self.padding_idx)  # type: ignore[arg-type]
+        return self._quantized("output", rows if rows.dtype == self.table_dtype else rows.to(self.table_dtype))
+
+
+_KINDS: dict[type[nn.Module], str] = {
+    nn.Linear: "QuantizedLinear",
+    nn.Conv1d: "QuantizedConv",
+    nn.Conv2d: "QuantizedConv",
+    nn.Conv3d: "QuantizedConv",
+    nn.ConvTranspose1d: "QuantizedConv",
+    nn.ConvTranspose2d: "QuantizedConv",
+    nn.ConvTranspose3d: "QuantizedConv",
+    nn.Embedding: "QuantizedEmbedding",
+}
+
+
+def quantized_kind(layer: nn.Module) -> str | None:
+    """Name of the quantized class that can stand for a layer; None where there is none.
+
+    A subclass with a forward of its own has none, and neither has an embedding that renormalises its table.
+    """
+    for base, kind in _KINDS.items():
+        if isinstance(layer, base) and type(layer).forward is base.forward:
+            return None if getattr(layer, "max_norm", None) is not None else kind
+    return None
+
+
+def _activation_format(config: dict[str, Any], role: str) -> Int | None:
+    fmt = format_from_config(config.get(role))
+    if fmt is None or (isinstance(fmt, Int) and isinstance(fmt.granularity, PerTensor)):
+        return fmt
+    raise ConfigError(f"The {role} of a layer cannot take the format {fmt}.\n  Use Int(bits, PerTensor()) or None.")
