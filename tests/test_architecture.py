@@ -1,4 +1,4 @@
-"""What keeps the code easy to read: imports point down, optional packages stay inside functions, nothing runs stored code."""
+"""What keeps the code readable: imports point down, optional packages stay in functions, nothing runs stored code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LEVEL_OF = {unit: level for level, units in enumerate(LEVELS) for unit in units}
 SEPARATE = LEVELS[5]
 
 OPTIONAL = {"onnx", "onnx_ir", "onnxscript", "onnxruntime", "openvino", "nncf", "transformers", "tokenizers"}
-OPTIONAL |= {"huggingface_hub", "sentence_transformers", "sklearn", "matplotlib", "jinja2", "rich", "keras", "tensorflow"}
+OPTIONAL |= {"huggingface_hub", "sentence_transformers", "sklearn", "matplotlib", "jinja2", "rich", "keras"}
 #: `click` decorates the commands where they are defined, so the command line may import it at its top.
 COMMAND_LINE = "cli"
 STORED_CODE = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
@@ -71,7 +71,7 @@ def imports(path: Path, *, in_functions: bool) -> Iterator[tuple[int, str]]:
 
 
 def units_imported(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and unit of everything imported from the package itself; a name of `gracile` that is no unit is '__init__'."""
+    """Line and unit of all that is imported from the package itself; a name of `gracile` itself counts as '__init__'."""
     for line, name in imports(path, in_functions=True):
         parts = name.split(".")
         if parts[0] == "gracile":

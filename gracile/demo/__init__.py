@@ -38,7 +38,7 @@ class DigitsNet(nn.Module):
 
 
 class Block(nn.Module):
-    """relu(x + conv(relu(conv(x)))), each convolution with its batch norm; a 1 × 1 convolution where x changes shape."""
+    """relu(x + conv(relu(conv(x)))), a batch norm after each; a 1 × 1 convolution where x changes shape."""
 
     def __init__(self, width_in: int, width_out: int, stride: int = 1) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ def load_data(batch_size: int = 32) -> Data:
 
 
 def load_split(split: str) -> tuple[Tensor, Tensor]:
-    """Images [n, 1, 16, 16] float32 in [0, 1], each pixel of the 8 × 8 originals smoothed over four, and labels [n] int64."""
+    """Images [n, 1, 16, 16] float32 in [0, 1], the 8 × 8 originals at twice the size, and labels [n] int64."""
     with np.load(asset("digits.npz"), allow_pickle=False) as arrays:
         images, labels = torch.from_numpy(arrays[f"{split}_images"]), torch.from_numpy(arrays[f"{split}_labels"])
     pixels = images.unsqueeze(1).float() / 16

@@ -39,7 +39,8 @@ def test_images_are_the_originals_at_twice_the_size():
     assert images.shape == (EVALUATION, 1, 16, 16)
     assert images.dtype == torch.float32
     assert labels.dtype == torch.int64
-    assert 0 <= images.min() and images.max() <= 1
+    assert images.min() >= 0
+    assert images.max() <= 1
     # Pixel (6, 6) lies at 2.75 of the original, a quarter before pixel 3, in both directions.
     pixel = originals("evaluation")[0][0].astype(float) / 16
     by_hand = 0.75 * 0.75 * pixel[3, 3] + 0.75 * 0.25 * (pixel[2, 3] + pixel[3, 2]) + 0.25 * 0.25 * pixel[2, 2]
