@@ -71,7 +71,7 @@ def imports(path: Path, *, in_functions: bool) -> Iterator[tuple[int, str]]:
 
 
 def units_imported(path: Path) -> Iterator[tuple[int, str]]:
-    """Line and unit of all that is imported from the package itself; a name of `gracile` itself counts as '__init__'."""
+    """Line and unit of all that is imported from the package itself; a name of `gracile` counts as '__init__'."""
     for line, name in imports(path, in_functions=True):
         parts = name.split(".")
         if parts[0] == "gracile":
