@@ -1,0 +1,235 @@
+"""Quantize: encode weights, and put layer inputs on an integer grid, as scheme × ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gracile.context import Context
+from gracile.errors import ConfigError, DataError, NothingChangedError
+from gracile.formats import Format, Int, PerChannel, Scheme, bits_per_weight, format_to_config
+from gracile.graph import trace
+from gracile.layer_stats import LayerStats
+from gracile.nn import QuantizedLayer, quantize_layer, quantized_kind
+from gracile.ranges import MSE, MinMax, Percentile
+from gracile.recipe import Recorder, Step
+from gracile.report.model import LayerRow, StepRecord
+from gracile.select import Select
+from gracile.stats.collect import CONVOLUTIONS, collect_activations, first_batch
+from gracile.steps.correct import copy_model, correct_statistics
+from gracile.steps.fold import fold_batch_norms
+from gracile.surgery import Swap, apply
+
+#: Operators between a convolution and the next quantized layer that integer kernels take into the convolution.
+ABSORBED = frozenset({"relu", "hardtanh", "clamp", "relu6"})
+
+
+@dataclass(frozen=True)
+class Quantize(Step):
+    """Write weights in a number format and, where the scheme says so, measure and fix the grid of layer inputs.
+
+    scheme: W8A8, W8A16, W4A16(group), or a Format for weights alone: Int(bits=4), FixedPoint(factor=256).
+    ranges: how scales are found from weights and from what calibration saw: MinMax(), Percentile(), MSE().
+    correct: bias correction afterwards, by the difference to the float model on the calibration batches; kept only if
+        the output error on held-out batches falls.
+    exclude: name patterns of layers that stay as they are.
+
+    With an input format, a batch norm behind a convolution is folded into it first, as integer kernels need it.
+    """
+
+    scheme: Scheme | Format
+    _: KW_ONLY
+    ranges: MinMax | Percentile | MSE = MSE()  # noqa: RUF009 - frozen
+    correct: bool = True
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.scheme, (Scheme, Format)):
+            hint = " W4A16 takes its group: W4A16(group=128)." if callable(self.scheme) else ""
+            raise ConfigError(
+                f"Quantize({self.scheme!r}): not a scheme or a format.{hint}\n  Use W8A8, W8A16, W4A16(group=32) or Int(bits=4)."
+            )
+        if not isinstance(self.ranges, (MinMax, Percentile, MSE)):
+            raise ConfigError(f"Quantize(ranges={self.ranges!r}): expected MinMax(), Percentile() or MSE().")
+
+    @property
+    def _scheme(self) -> Scheme:
+        return self.scheme if isinstance(self.scheme, Scheme) else Scheme(_format_name(self.scheme), self.scheme)
+
+    @property
+    def title(self) -> str:
+        return f"Quantize to {self._scheme.name}"
+
+    def check(self, model: nn.Module, context: Context) -> None:
+        if self._scheme.input is not None and not context.data.has_calibration:
+            raise DataError(
+                f"Quantize({self._scheme.name}) measures the ranges of layer inputs and has no data.\n"
+                f"  Pass Data(calibration=batches); labels are not needed. Without data, use W8A16 or W4A16."
+            )
+
+    def __call__(self, model: nn.Module, context: Context) -> StepRecord:
+        self.check(model, context)
+        recorder = Recorder(self)
+        scheme = self._scheme
+        layers = self._select(model, context, recorder)
+        encoded = {name: self._encode(name, model.get_submodule(name)) for name in layers}  # refuses before any change
+        reference = copy_model(model) if self.correct and context.data.has_calibration else None
+        stats: Mapping[str, LayerStats] = {}
+        outputs: set[str] = set()
+        if scheme.input is not None:
+            stats, outputs = self._measure(model, layers, context, recorder)
+            encoded = {name: self._encode(name, model.get_submodule(name)) for name in layers if name in stats}
+        for name in layers:
+            if scheme.input is not None and name not in stats:
+                recorder.skip(name, type(model.get_submodule(name)).__name__, "never called on the calibration batches")
+                continue
+            self._swap(model, name, encoded[name], stats.get(name), name in outputs, recorder)
+        changed = [row for row in recorder.layers if row.action == "quantized"]
+        if not changed:
+            raise NothingChangedError("Quantize: no layer was quantized.\n  The report's skipped rows say why.")
+        if reference is not None:
+            correct_statistics(model, reference, context, recorder, {})
+        return recorder.record()
+
+    def _select(self, model: nn.Module, context: Context, recorder: Recorder) -> list[str]:
+        select = (context.select or Select()).without(*self.exclude)
+        weighted = [
+            (name, m)
+            for name, m in model.named_modules()
+            if isinstance(m, QuantizedLayer) or any(p.ndim >= 2 for p in m.parameters(recurse=False))
+        ]
+        Select(exclude=self.exclude).check([name for name, _ in weighted])
+        shared = _shared_weights(model)
+        chosen = []
+        for name, module in weighted:
+            if not select.matches(name):
+                continue
+            if isinstance(module, QuantizedLayer):
+                recorder.skip(name, type(module).__name__, "quantized already")
+            elif quantized_kind(module) is None:
+                recorder.skip(name, type(module).__name__, f"no quantized layer stands for a {type(module).__name__}")
+            elif name in shared:
+                recorder.skip(name, type(module).__name__, f"shares its weight with '{shared[name]}'")
+            else:
+                chosen.append(name)
+        if not chosen:
+            reasons = [f"{row.name}: {row.reason}" for row in recorder.layers[:5]]
+            raise NothingChangedError(
+                "Quantize: no layer can be quantized.\n  " + ("\n  ".join(reasons) or "The selection holds none.")
+            )
+        return chosen
+
+    def _measure(
+        self, model: nn.Module, layers: list[str], context: Context, recorder: Recorder
+    ) -> tuple[dict[str, LayerStats], set[str]]:
+        """Fold batch norms, then the histograms of inputs and outputs, and the layers whose output needs a grid too."""
+        batch = first_batch(context.data)
+
+        def run(net: nn.Module) -> Any:
+            return context.data.forward(net, batch)
+
+        for pair in fold_batch_norms(model, trace(model, run).batch_norm_pairs(), set(layers)):
+            recorder.edits.append(Swap(pair[1], "Identity"))
+            recorder.layers.append(LayerRow(name=pair[1], kind="BatchNorm", action="folded", reason=f"into {pair[0]}"))
+        folded = trace(model, run)
+        outputs = {name for name in layers if _needs_output_grid(model.get_submodule(name), folded.consumers(name))}
+        stats = collect_activations(
+            model, layers, {"input", "output"}, context.data, on_batch=lambda n: context.progress("calibrate", n, None)
+        )
+        return stats, outputs
+
+    def _encode(self, name: str, layer: nn.Module) -> dict[str, Tensor]:
+        weight = layer.weight.detach()  # type: ignore[operator,union-attr]
+        if not torch.isfinite(weight).all():
+            raise DataError(f"Quantize: the weight of layer '{name}' holds NaN or infinity.")
+        fmt = _format_for(layer, self._scheme.weight)
+        try:
+            if isinstance(fmt, Int) and fmt.symmetric:
+                return fmt.encode(weight, self.ranges.weight(weight, fmt))
+            return fmt.encode(weight)
+        except ConfigError as error:
+            raise ConfigError(f"Quantize: layer '{name}' {tuple(weight.shape)}: {error}") from error
+
+    def _swap(
+        self,
+        model: nn.Module,
+        name: str,
+        encoded: dict[str, Tensor],
+        stats: LayerStats | None,
+        needs_output: bool,
+        recorder: Recorder,
+    ) -> None:
+        old: Any = model.get_submodule(name)
+        fmt = _format_for(old, self._scheme.weight)
+        config: dict[str, Any] = {"weight": format_to_config(fmt), "input": None, "output": None}
+        tensors = {f"weight_{key}": value for key, value in encoded.items() if key != "shape"}
+        if stats is not None and isinstance(self._scheme.input, Int):
+            sides = {"input": stats.input, "output": stats.output if needs_output else None}
+            for side, histogram in sides.items():
+                if histogram is not None:
+                    scale, zero_point = self.ranges.activation(histogram, self._scheme.input)
+                    config[side] = format_to_config(self._scheme.input)
+                    tensors[f"{side}_scale"], tensors[f"{side}_zero_point"] = scale, zero_point
+        if isinstance(getattr(old, "bias", None), Tensor):
+            config["bias"] = True
+            tensors["bias"] = old.bias.detach()
+        layer = quantize_layer(old, tensors, config)
+        edit = Swap(name, type(layer).__name__, config)
+        apply(model, [edit])
+        new: Any = model.get_submodule(name)
+        new.load_state_dict(layer.state_dict())
+        new.train(old.training)
+        recorder.edits.append(edit)
+        weight = old.weight.detach().float()
+        error = (fmt.decode(encoded) - weight).square().sum() / weight.square().sum().clamp_min(1e-30)
+        recorder.layers.append(
+            LayerRow(
+                name=name,
+                kind=type(old).__name__,
+                action="quantized",
+                bits=bits_per_weight(fmt, old.weight.shape),
+                sparsity=float((new.decoded_weight() == 0).float().mean()),
+                error=float(error),
+            )
+        )
+
+
+def _format_for(layer: nn.Module, fmt: Format) -> Format:
+    """The scheme's format, with channels along the output axis of a transposed convolution."""
+    transposed = isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+    if transposed and isinstance(fmt, Int) and fmt.granularity == PerChannel(0):
+        return replace(fmt, granularity=PerChannel(1))
+    return fmt
+
+
+def _format_name(fmt: Format) -> str:
+    return f"{type(fmt).__name__}({', '.join(f'{k}={v}' for k, v in list(vars(fmt).items())[:1])})"
+
+
+def _needs_output_grid(layer: nn.Module, consumers: tuple[str, ...]) -> bool:
+    """Whether an integer kernel needs the output on a grid of its own, since no quantized layer follows directly.
+
+    Linear layers need none: their kernels give float outputs from integer products.
+    """
+    if isinstance(layer, CONVOLUTIONS):
+        return not all(c in ABSORBED or c.startswith("module:") for c in consumers)
+    return False
+
+
+def _shared_weights(model: nn.Module) -> dict[str, str]:
+    """Layer -> another layer that holds the very same weight."""
+    owners: dict[int, str] = {}
+    shared: dict[str, str] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is None:
+            continue
+        if id(weight) in owners:
+            shared[name] = owners[id(weight)]
+            shared[owners[id(weight)]] = name
+        owners.setdefault(id(weight), name)
+    return shared
