@@ -1,0 +1,10 @@
+"""Ranges: which part of the values a tensor takes is represented finely, and which is clipped."""
+
+from __future__ import annotations
+
+from gracile.ranges.base import Range
+from gracile.ranges.min_max import MinMax
+from gracile.ranges.mse import MSE
+from gracile.ranges.percentile import Percentile
+
+__all__ = ["MSE", "MinMax", "Percentile", "Range"]

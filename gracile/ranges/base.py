@@ -1,0 +1,41 @@
+"""What a range method is: from the values a tensor takes to the scale and zero point that represent them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from gracile.formats import Int
+from gracile.formats.granularity import to_rows
+from gracile.layer_stats import Histogram
+
+
+class Range(ABC):
+    """Chooses the range that a format covers. Members are frozen dataclasses.
+
+    activation(histogram, fmt) -> (scale [] float32, zero_point [] int16) of a per-tensor format; the zero point is 0
+        if the format is symmetric, and qmin where no value is negative.
+    weight(weight, fmt) -> scale float32, `fmt.scale_shape(weight.shape)`. Asymmetric formats keep the zero point of the
+        full range, which `fmt.encode(weight, scale)` restores: both ends are clipped by the same factor.
+    """
+
+    @abstractmethod
+    def activation(self, histogram: Histogram, fmt: Int) -> tuple[Tensor, Tensor]: ...
+
+    @abstractmethod
+    def weight(self, weight: Tensor, fmt: Int) -> Tensor: ...
+
+
+def scale_and_zero(fmt: Int, low: Tensor | float, high: Tensor | float) -> tuple[Tensor, Tensor]:
+    """`fmt.scale_of` for ranges given as numbers or tensors, with a zero point of 0 for symmetric formats."""
+    scale, zero_point = fmt.scale_of(torch.as_tensor(low), torch.as_tensor(high))
+    return scale, torch.zeros_like(scale, dtype=torch.int16) if zero_point is None else zero_point
+
+
+def weight_rows(weight: Tensor, fmt: Int) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights that share a scale, [scales, n] float32, with the scale and zero point [scales] of their full range."""
+    rows = to_rows(fmt.granularity, weight.detach().float())
+    scale, zero_point = scale_and_zero(fmt, rows.amin(dim=1), rows.amax(dim=1))
+    return rows, scale, zero_point

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from gracile.errors import ConfigError
+from gracile.formats import Int, PerChannel, PerGroup, PerTensor
+from gracile.ranges import MSE, MinMax, Percentile
+from gracile.stats.histogram import StreamingHistogram
+
+U8 = Int(8, PerTensor(), symmetric=False)
+U4 = Int(4, PerTensor(), symmetric=False)
+
+
+def histogram_of(values: torch.Tensor):
+    histogram = StreamingHistogram()
+    histogram.update(values)
+    return histogram.freeze()
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_min_max_uses_the_exact_extremes() -> None:
+    scale, zero_point = MinMax().activation(histogram_of(torch.tensor([-1.0, 0.3, 4.1])), U8)
+    assert scale.item() == pytest.approx(5.1 / 255)
+    assert zero_point.item() == 50
+    weight = normal(3, 5)
+    expected = np.abs(weight.numpy()).max(axis=1) / 127
+    np.testing.assert_allclose(MinMax().weight(weight, Int(8)).numpy(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("p", [90.0, 99.0, 99.9])
+def test_percentile_of_activations_equals_numpys(p: float) -> None:
+    values = normal(200_000) + 0.5
+    scale, _ = Percentile(p).activation(histogram_of(values), U8)
+    low, high = np.percentile(values.numpy(), [100 - p, p])
+    # The histogram knows a percentile to one bin, 1/2048 of a range of about 9.
+    assert scale.item() * 255 == pytest.approx(high - low, abs=2 * 9.5 / 2048)
+
+
+def test_percentile_of_weights_equals_numpys() -> None:
+    weight = normal(4, 1000)
+    low, high = np.percentile(weight.numpy(), [1, 99], axis=1)
+    expected = np.maximum(-low, high) / 7
+    np.testing.assert_allclose(Percentile(99).weight(weight, Int(4)).numpy(), expected, rtol=1e-5)
+
+
+def test_percentile_100_is_min_max() -> None:
+    weight, values = normal(4, 30), histogram_of(normal(1000))
+    assert torch.equal(Percentile(100).weight(weight, Int(4)), MinMax().weight(weight, Int(4)))
+    assert Percentile(100).activation(values, U8) == MinMax().activation(values, U8)
+
+
+@pytest.mark.parametrize("power", [2.0, 2.4])
+@pytest.mark.parametrize("fmt", [Int(4), Int(3, PerGroup(10)), Int(4, symmetric=False), Int(2, PerChannel(1))], ids=str)
+def test_mse_of_weights_equals_brute_force(fmt: Int, power: float) -> None:
+    weight = normal(6, 40)
+    weight[0, 0] = 9.0
+    full = MinMax().weight(weight, fmt)
+    chosen = MSE(thresholds=25, power=power).weight(weight, fmt)
+
+    def errors(scale: torch.Tensor) -> np.ndarray:
+        difference = (fmt.decode(fmt.encode(weight, scale)) - weight).abs().numpy().astype(np.float64) ** power
+        if fmt.granularity == PerGroup(10):
+            return difference.reshape(6, 4, 10).sum(axis=2)
+        return difference.sum(axis=0 if fmt.granularity == PerChannel(1) else 1)
+
+    candidates = np.stack([errors(full * (k / 25)) for k in range(1, 26)])
+    np.testing.assert_allclose(errors(chosen), candidates.min(axis=0), rtol=1e-5)
+    assert bool((errors(chosen) <= errors(full)).all())
+
+
+def test_mse_finds_that_an_outlier_is_better_clipped() -> None:
+    weight = normal(1, 4096)
+    weight[0, 0] = 40.0
+    assert MSE().weight(weight, Int(4)).item() < 0.5 * MinMax().weight(weight, Int(4)).item()
+
+
+@pytest.mark.parametrize(
+    "values", [normal(50_000), normal(50_000).relu(), torch.nn.functional.gelu(normal(50_000) * 2)]
+)
+@pytest.mark.parametrize("fmt", [U4, U8, Int(4, PerTensor())], ids=str)
+def test_mse_of_activations_is_below_every_joint_threshold(values: torch.Tensor, fmt: Int) -> None:
+    histogram = histogram_of(values)
+    x = (np.arange(2048) + 0.5) / 2048 * (histogram.high - histogram.low) + histogram.low
+    counts = histogram.counts.numpy()
+
+    def error(scale: float, zero: int) -> float:
+        q = np.clip(np.round(x / scale) + zero, fmt.qmin, fmt.qmax)
+        return float((counts * (x - (q - zero) * scale) ** 2).sum())
+
+    chosen = error(*(t.item() for t in MSE(thresholds=32).activation(histogram, fmt)))
+    for k in range(1, 33):
+        low, high = min(histogram.minimum, 0) * k / 32, max(histogram.maximum, 0) * k / 32
+        scale = max(-low, high) / fmt.qmax if fmt.symmetric else (high - low) / fmt.qmax
+        zero = 0 if fmt.symmetric else int(np.round(-low / scale))
+        assert chosen <= error(scale, zero) * (1 + 1e-4)  # the scale is rounded to float32
+
+
+@pytest.mark.parametrize("bad", [lambda: Percentile(50), lambda: Percentile(101), lambda: MSE(0), lambda: MSE(power=0)])
+def test_impossible_settings_are_refused(bad) -> None:
+    with pytest.raises(ConfigError):
+        bad()
