@@ -1,0 +1,156 @@
+"""Distill: train the compressed model to answer as its teacher does."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gracile.context import Context
+from gracile.data import Batch, logits_of
+from gracile.errors import ConfigError, DataError
+from gracile.losses import SoftLabels
+from gracile.recipe import Recorder, Step
+from gracile.report.model import LayerRow, StepRecord
+from gracile.steps.optimizers import SGD, AdamW, default_optimizer
+from gracile.steps.train import Schedule, train
+from gracile.steps.training_data import split_training
+
+
+@dataclass(frozen=True)
+class Distill(Step):
+    """Minimise (1 − label_weight) · Σ losses(student, teacher) + label_weight · data.loss over the training data.
+
+    losses: distillation losses (student, teacher) -> scalar, summed: SoftLabels(temperature), HardLabels(), ...
+    epochs: passes over `data.train`. The best one on held-out training data is kept.
+    label_weight: share of the true labels' loss, in [0, 1); above 0 it needs `data.loss`.
+    optimizer: SGD(...) or AdamW(...). None: SGD for nets with two-dimensional batch norms, AdamW for others.
+    held_out: share of the training data set aside to choose the epoch.
+    mixed_precision: run the forward passes in bfloat16 where torch deems it safe.
+
+    The teacher is the original model unless the run was given another; it runs in eval mode on the same batch, so both
+    see the same augmented views. Source: Hinton et al. 2015, arXiv:1503.02531.
+    """
+
+    _: KW_ONLY
+    losses: tuple[Any, ...] = (SoftLabels(),)
+    epochs: int = 1
+    label_weight: float = 0.0
+    optimizer: SGD | AdamW | None = None
+    held_out: float = 0.05
+    mixed_precision: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.losses, tuple) or not self.losses or not all(callable(loss) for loss in self.losses):
+            raise ConfigError(f"Distill(losses={self.losses!r}): expected a tuple of losses, e.g. (SoftLabels(),).")
+        _check_training(self, self.epochs, self.held_out)
+        if not 0 <= self.label_weight < 1:
+            raise ConfigError(f"Distill(label_weight={self.label_weight!r}): expected a number in [0, 1).")
+
+    @property
+    def title(self) -> str:
+        names = " + ".join(type(loss).__name__ for loss in self.losses)
+        return f"Distill with {names} for {self.epochs} epoch{'s' if self.epochs != 1 else ''}"
+
+    def check(self, model: nn.Module, context: Context) -> None:
+        data = context.data
+        if data.train is None:
+            raise DataError(
+                "Distill needs training data.\n  Pass Data(train=loader); labels are needed only with label_weight."
+            )
+        if self.label_weight > 0 and data.loss is None:
+            raise DataError("Distill(label_weight=...) needs a loss.\n  Pass Data(loss=gracile.losses.cross_entropy).")
+        batch = next(iter(data.train), None)
+        if batch is None:
+            raise DataError("The training data hold no batches.")
+        with torch.no_grad():
+            student, teacher = _answers(model, batch, context), _answers(context.teacher, batch, context)
+        if student.shape != teacher.shape:
+            raise ConfigError(
+                f"Distill: the model answers with shape {tuple(student.shape)} and the teacher with "
+                f"{tuple(teacher.shape)} on the same batch.\n  A teacher must have the same classes."
+            )
+
+    def __call__(self, model: nn.Module, context: Context) -> StepRecord:
+        self.check(model, context)
+        recorder = Recorder(self)
+        data = context.data
+        assert data.train is not None
+        split = split_training(data.train, self.held_out, context.generator("held out"))
+        recorder.notes.append(split.note)
+        context.teacher.eval()
+
+        def objective(net: nn.Module, batch: Batch) -> Tensor:
+            outputs = data.forward(net, batch)
+            student = logits_of(outputs).float()
+            with torch.no_grad():
+                teacher = logits_of(data.forward(context.teacher, batch)).float()
+            loss = torch.stack([term(student, teacher) for term in self.losses]).sum()
+            if self.label_weight > 0 and data.loss is not None:
+                loss = (1 - self.label_weight) * loss + self.label_weight * data.loss(outputs, batch)
+            return loss
+
+        schedule = Schedule(self.epochs, self.optimizer or default_optimizer(model), self.mixed_precision)
+        train(model, objective, split, schedule, context, recorder)
+        recorder.layers.append(LayerRow(name="(all)", kind=type(model).__name__, action="trained"))
+        return recorder.record()
+
+
+@dataclass(frozen=True)
+class Finetune(Step):
+    """Minimise `data.loss` over the training data: the true labels alone.
+
+    epochs, optimizer, held_out, mixed_precision: as in `Distill`.
+    """
+
+    _: KW_ONLY
+    epochs: int = 1
+    optimizer: SGD | AdamW | None = None
+    held_out: float = 0.05
+    mixed_precision: bool = False
+
+    def __post_init__(self) -> None:
+        _check_training(self, self.epochs, self.held_out)
+
+    @property
+    def title(self) -> str:
+        return f"Fine-tune for {self.epochs} epoch{'s' if self.epochs != 1 else ''}"
+
+    def check(self, model: nn.Module, context: Context) -> None:
+        if context.data.train is None or context.data.loss is None:
+            raise DataError(
+                "Finetune needs labelled training data and a loss.\n"
+                "  Pass Data(train=loader, loss=gracile.losses.cross_entropy)."
+            )
+
+    def __call__(self, model: nn.Module, context: Context) -> StepRecord:
+        self.check(model, context)
+        recorder = Recorder(self)
+        data = context.data
+        assert data.train is not None and data.loss is not None
+        loss = data.loss
+        split = split_training(data.train, self.held_out, context.generator("held out"))
+        recorder.notes.append(split.note)
+        schedule = Schedule(self.epochs, self.optimizer or default_optimizer(model), self.mixed_precision)
+        train(model, lambda net, batch: loss(data.forward(net, batch), batch), split, schedule, context, recorder)
+        recorder.layers.append(LayerRow(name="(all)", kind=type(model).__name__, action="trained"))
+        return recorder.record()
+
+
+def _answers(model: nn.Module, batch: Batch, context: Context) -> Tensor:
+    training = model.training
+    model.eval()
+    try:
+        return logits_of(context.data.forward(model, batch))
+    finally:
+        model.train(training)
+
+
+def _check_training(step: Step, epochs: int, held_out: float) -> None:
+    name = type(step).__name__
+    if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
+        raise ConfigError(f"{name}(epochs={epochs!r}): expected a whole number of at least 1.")
+    if not 0 <= held_out < 1:
+        raise ConfigError(f"{name}(held_out={held_out!r}): expected a number in [0, 1).")

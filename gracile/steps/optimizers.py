@@ -1,0 +1,58 @@
+"""Optimizers as settings: which one trains a model, and with what rates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from gracile.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class SGD:
+    """Stochastic gradient descent with Nesterov momentum; the usual choice for convolutional nets."""
+
+    learning_rate: float = 0.02
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+    def __post_init__(self) -> None:
+        _check(self.learning_rate)
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """The torch optimizer."""
+        return torch.optim.SGD(
+            parameters,
+            lr=self.learning_rate,
+            momentum=self.momentum,
+            nesterov=self.momentum > 0,
+            weight_decay=self.weight_decay,
+        )
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Adam with decoupled weight decay; the usual choice for everything else."""
+
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        _check(self.learning_rate)
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """The torch optimizer."""
+        return torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+
+
+def default_optimizer(model: nn.Module) -> SGD | AdamW:
+    """SGD for a net with two-dimensional batch norms, AdamW for any other."""
+    return SGD() if any(isinstance(m, nn.BatchNorm2d) for m in model.modules()) else AdamW()
+
+
+def _check(learning_rate: float) -> None:
+    if not (isinstance(learning_rate, (int, float)) and 0 < learning_rate < float("inf")):
+        raise ConfigError(f"learning_rate={learning_rate!r}: expected a positive number.")

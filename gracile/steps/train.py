@@ -1,0 +1,196 @@
+"""The training loop of Distill and Finetune: zeros and grids are kept, the best epoch is returned, epochs resume."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from gracile.context import Context, derive_seed
+from gracile.data import Batch, batch_size, device_of
+from gracile.errors import DataError
+from gracile.files import write_bytes
+from gracile.nn import begin_training, end_training
+from gracile.recipe import Recorder
+from gracile.steps.optimizers import SGD, AdamW
+from gracile.steps.training_data import Split
+
+#: (model, batch) -> scalar loss of a batch, differentiable.
+Objective = Callable[[nn.Module, Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast: cosine decay to zero over `epochs`, after a linear warm-up of 5 % of the steps."""
+
+    epochs: int
+    optimizer: SGD | AdamW
+    mixed_precision: bool
+
+
+def train(
+    model: nn.Module, objective: Objective, split: Split, schedule: Schedule, context: Context, recorder: Recorder
+) -> None:
+    """Train in place and leave the model with the weights of the epoch that was best on the held-out part.
+
+    Weights that are exactly zero in a layer with zeros stay zero; quantized layers stay on their grids. The start
+    counts as epoch 0: training that only harms is undone. With `context.directory`, every epoch is saved there, and a
+    run that was interrupted goes on after the last one. The mode and `requires_grad` are restored.
+    """
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    mode = model.training
+    zeros = _Zeros(model)
+    begin_training(model)
+    zeros.follow(model)
+    trained = [p for p in model.parameters() if p.is_floating_point()]
+    for p in trained:
+        p.requires_grad_(True)
+    state = _State(model, schedule.optimizer.build(trained), context.directory)
+    state.resume()
+    if not state.history:
+        state.finish_epoch(_validate(model, objective, split.validation))
+    steps = split.batches * schedule.epochs
+    for epoch in range(len(state.history), schedule.epochs + 1):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(context.seed, "epoch", epoch))
+            model.train()
+            done = split.batches * (epoch - 1)
+            for i, batch in enumerate(split.train):
+                _set_rate(state.optimizer, schedule.optimizer.learning_rate, (done + i) / steps)
+                loss = _step(model, objective, batch, state.optimizer, schedule.mixed_precision)
+                zeros.restore()
+                context.progress("train", done + i + 1, steps, f"epoch {epoch}/{schedule.epochs}, loss {loss:.4f}")
+        state.finish_epoch(_validate(model, objective, split.validation))
+    best = state.restore_best()
+    zeros.restore()
+    end_training(model)
+    model.train(mode)
+    for name, p in model.named_parameters():
+        p.requires_grad_(flags.get(name, True))
+        p.grad = None
+    _record(recorder, state.history, best)
+
+
+def _record(recorder: Recorder, history: list[float], best: int) -> None:
+    recorder.numbers["best_epoch"] = best
+    if math.isfinite(history[0]):
+        recorder.numbers["held_out_loss_before"] = history[0]
+        recorder.numbers["held_out_loss"] = history[best]
+    if best == 0:
+        recorder.notes.append("No epoch lowered the loss on the held-out training data: the weights are as before it.")
+
+
+def _step(model: nn.Module, objective: Objective, batch: Batch, optimizer: torch.optim.Optimizer, mixed: bool) -> float:
+    optimizer.zero_grad(set_to_none=True)
+    with torch.autocast(device_of(model).type, dtype=torch.bfloat16, enabled=mixed):
+        loss = objective(model, batch)
+    if not torch.isfinite(loss):
+        raise DataError(
+            "The training loss is not finite.\n  Lower the learning rate, or check the training data for NaN."
+        )
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return float(loss.detach())
+
+
+def _validate(model: nn.Module, objective: Objective, batches: Iterable[Batch]) -> float:
+    """Mean objective over the held-out examples; infinity where there are none, so that the last epoch wins."""
+    model.eval()
+    total, count = 0.0, 0
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # random augmentation of held-out examples is the same for every epoch
+        for batch in batches:
+            n = batch_size(batch)
+            total += float(objective(model, batch)) * n
+            count += n
+    return total / count if count else math.inf
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, peak: float, progress: float) -> None:
+    warm_up = 0.05
+    rate = progress / warm_up if progress < warm_up else (1 + math.cos(math.pi * (progress - warm_up) / (1 - warm_up))) / 2
+    for group in optimizer.param_groups:
+        group["lr"] = peak * max(rate, 1e-3)
+
+
+class _Zeros:
+    """Weights that are exactly zero before training, put back to zero after every step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.masks: dict[str, Tensor] = {}
+        for name, module in model.named_modules():
+            for key in dict(module.named_parameters(recurse=False)) | {"weight": None}:
+                weight = getattr(module, key, None)
+                if isinstance(weight, Tensor) and weight.ndim >= 2 and bool((weight == 0).any()):
+                    self.masks[f"{name}.{key}" if name else key] = (weight != 0).detach()
+        self.pairs: list[tuple[nn.Parameter, Tensor]] = []
+
+    def follow(self, model: nn.Module) -> None:
+        """Take the parameters as they are now, quantized layers having float ones while they train."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.pairs = [(parameters[name], mask) for name, mask in self.masks.items() if name in parameters]
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for parameter, mask in self.pairs:
+                parameter.mul_(mask)
+
+
+class _State:
+    """What an epoch leaves behind: the model, the optimizer, the best weights so far, the held-out losses."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, directory: Path | None) -> None:
+        self.model, self.optimizer, self.directory = model, optimizer, directory
+        self.history: list[float] = []
+        self.best: dict[str, Tensor] = {}
+
+    def finish_epoch(self, loss: float) -> None:
+        if not self.history or loss < min(self.history) or math.isinf(loss):
+            self.best = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
+        self.history.append(loss)
+        if self.directory is not None and len(self.history) > 1:
+            tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+            tensors |= {f"best.{k}": v for k, v in self.best.items()}
+            for index, values in self.optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in values.items() if v is not None}
+            content = to_bytes(
+                {k: v.detach().clone().contiguous() for k, v in tensors.items()},
+                metadata={"history": json.dumps([None if math.isinf(x) else x for x in self.history])},
+            )
+            write_bytes(self.directory / "epochs.safetensors", content)
+
+    def resume(self) -> None:
+        path = self.directory / "epochs.safetensors" if self.directory is not None else None
+        if path is None or not path.is_file():
+            return
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            self.history = [math.inf if x is None else x for x in json.loads(file.metadata()["history"])]
+        parts: dict[str, dict[str, Any]] = {"model": {}, "best": {}, "optimizer": {}}
+        for name, tensor in load_file(path).items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = tensor
+        self.model.load_state_dict(parts["model"])
+        self.best = parts["best"]
+        state: dict[int, dict[str, Any]] = {}
+        for name, tensor in parts["optimizer"].items():
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+
+    def restore_best(self) -> int:
+        """Put the best weights into the model and return their epoch."""
+        self.model.load_state_dict(self.best)
+        losses = self.history
+        if math.isinf(losses[-1]):
+            return len(losses) - 1
+        return min(range(len(losses)), key=lambda i: losses[i])
