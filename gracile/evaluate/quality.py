@@ -1,4 +1,4 @@
-"""Quality: what a metric gives on every example, its value with an interval, and whether a drop stays within a limit."""
+"""Quality: a metric on every example, its value with an interval, and whether a drop stays within a limit."""
 
 from __future__ import annotations
 

@@ -190,9 +190,9 @@ class Report:
         return render_text(self)
 
     def _repr_html_(self) -> str:
-        from gracile.report.html import render_fragment
+        from gracile.report.html import render_notebook
 
-        return render_fragment(self)
+        return render_notebook(self)
 
 
 def _step(data: dict[str, Any]) -> StepRecord:
