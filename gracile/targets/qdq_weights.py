@@ -1,0 +1,186 @@
+"""Encoded weights as integer initializers behind DequantizeLinear, in the layout that runtimes fuse."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gracile.formats import Int, PerChannel, PerGroup
+from gracile.nn.ops import format_from_json
+from gracile.targets.qdq import Rewriter, array_of, tensor_of
+from gracile.targets.translate import DOMAIN
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+
+def write_weights(rewriter: Rewriter) -> None:
+    """Each `Decode` as DequantizeLinear of integers (4-bit ones where inputs stay float), or as floats if not `Int`.
+
+    A weight that is transposed before use is stored transposed; a fully connected layer with grouped scales becomes
+    MatMul + Add over [in, out] with blocks along `in`, the form that runtimes fuse into one operator.
+    """
+    for node in rewriter.nodes("Decode", domain=DOMAIN):
+        fmt = format_from_json(node.attributes["format"].as_string())
+        names = node.attributes["names"].as_string().split(",")
+        shape = tuple(node.attributes["shape"].as_ints())
+        tensors = {name: tensor_of(value) for name, value in zip(names, node.inputs) if value is not None}
+        tensors["shape"] = np.array(shape)  # type: ignore[assignment]
+        out = node.outputs[0]
+        stem = (node.inputs[0].name or "weight").removesuffix("_codes")  # type: ignore[union-attr]
+        if not isinstance(fmt, Int):
+            import torch
+
+            tensors["shape"] = torch.tensor(shape)
+            new = rewriter.constant(stem, fmt.decode(tensors).numpy())
+        else:
+            codes = fmt.unpack(tensors["codes"], shape).numpy()
+            zero = tensors.get("zero_point")
+            encoded = _Encoded(fmt, codes, tensors["scale"].numpy(), None if zero is None else zero.numpy())
+            if isinstance(fmt.granularity, PerGroup):
+                _gemm_to_matmul(rewriter, out)
+            if _only_transposed(out):
+                encoded, out = encoded.transposed(), _skip_transpose(rewriter, out)
+            new = _dequantize(rewriter, node, encoded, stem, out)
+        rewriter.replace(out, new)
+        if out is not node.outputs[0]:
+            rewriter.graph.remove(node, safe=True)
+
+
+class _Encoded:
+    """Codes of a weight in its shape, with scale and zero point along `axis`; blocks along it for grouped scales."""
+
+    def __init__(
+        self, fmt: Int, codes: NDArray[Any], scale: NDArray[Any], zero_point: NDArray[Any] | None, flip: bool = False
+    ) -> None:
+        self.fmt, self.codes, self.scale, self.zero_point, self.flip = fmt, codes, scale, zero_point, flip
+
+    def transposed(self) -> _Encoded:
+        grouped = isinstance(self.fmt.granularity, PerGroup)
+        scale = self.scale.T if grouped else self.scale
+        zero = self.zero_point.T if grouped and self.zero_point is not None else self.zero_point
+        return _Encoded(self.fmt, self.codes.T, scale, zero, flip=True)
+
+    @property
+    def attributes(self) -> dict[str, int]:
+        granularity = self.fmt.granularity
+        if isinstance(granularity, PerGroup):
+            return {"axis": 0 if self.flip else 1, "block_size": granularity.size}
+        if isinstance(granularity, PerChannel):
+            axis = granularity.axis % self.codes.ndim
+            return {"axis": 1 - axis if self.flip else axis}
+        return {}
+
+
+def _dequantize(rewriter: Rewriter, node: ir.Node, encoded: _Encoded, stem: str, out: ir.Value) -> ir.Value:
+    import onnx_ir as ir
+
+    fmt, codes = encoded.fmt, encoded.codes
+    narrow = fmt.bits <= 4 and not _reads_integers(out)
+    kind = ("INT4" if narrow else "INT8") if fmt.symmetric else ("UINT4" if narrow else "UINT8")
+    dtype = getattr(ir.DataType, kind)
+    grouped = isinstance(fmt.granularity, PerGroup)
+    shape = codes.shape
+    if grouped and codes.ndim != 2:
+        codes = codes.reshape(shape[0], math.prod(shape[1:]))
+
+    def integers(name: str, array: NDArray[Any]) -> ir.Value:
+        array = np.ascontiguousarray(array)
+        if not narrow:
+            return rewriter.constant(name, array.astype(np.int8 if fmt.symmetric else np.uint8))
+        return rewriter.constant(name, array.astype(dtype.numpy()), dtype)
+
+    inputs = [
+        integers(f"{stem}_codes", codes),
+        rewriter.constant(f"{stem}_scale", np.ascontiguousarray(encoded.scale.astype(np.float32))),
+    ]
+    if encoded.zero_point is not None:
+        inputs.append(integers(f"{stem}_zero_point", encoded.zero_point))
+    new = rewriter.insert(node, "DequantizeLinear", inputs, stem, out, **encoded.attributes)
+    if codes.ndim == len(shape):
+        return new
+    new.shape = ir.Shape(codes.shape)
+    target = rewriter.constant(f"{stem}_shape", np.array(shape, np.int64))
+    return rewriter.insert(node, "Reshape", [new, target], f"{stem}_reshaped", out)
+
+
+def write_biases(rewriter: Rewriter) -> None:
+    """bias ≈ (input scale · weight scale) · int32, where both scales are of integer tensors."""
+    for node in rewriter.nodes("Conv", "Gemm"):
+        inputs = list(node.inputs)
+        bias = array_of(inputs[2]) if len(inputs) > 2 else None
+        x, weight = (dequantize_of(value) for value in inputs[:2])
+        if bias is None or x is None or weight is None or "block_size" in weight.attributes:
+            continue
+        if len(weight.inputs) > 2 and np.any(array_of(weight.inputs[2])):
+            continue
+        x_scale, w_scale = array_of(x.inputs[1]), array_of(weight.inputs[1])
+        assert x_scale is not None
+        assert w_scale is not None
+        scale = (x_scale * w_scale).astype(np.float32)
+        codes = np.round(bias.astype(np.float64) / scale)
+        if scale.size not in (1, bias.size) or np.abs(codes).max(initial=0) >= 2**31:
+            continue
+        stem = inputs[2].name or "bias"  # type: ignore[union-attr]
+        grid = [
+            rewriter.constant(f"{stem}_codes", codes.astype(np.int32)),
+            rewriter.constant(f"{stem}_scale", scale),
+        ]
+        axis = {"axis": 0} if scale.ndim else {}
+        new = rewriter.insert(node, "DequantizeLinear", grid, stem, inputs[2], **axis)  # type: ignore[arg-type]
+        node.replace_input_with(2, new)
+
+
+def dequantize_of(value: ir.Value | None) -> ir.Node | None:
+    """The DequantizeLinear that a value comes out of, or None."""
+    producer = value.producer() if value is not None else None
+    return producer if producer is not None and producer.op_type == "DequantizeLinear" else None
+
+
+def _reads_integers(weight: ir.Value) -> bool:
+    """Whether the layer that uses a weight has a quantized input, and so computes in 8-bit integers."""
+    return any(
+        user.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul") and dequantize_of(user.inputs[0]) is not None
+        for user, _ in weight.uses()
+    )
+
+
+def _only_transposed(value: ir.Value) -> bool:
+    users = [user for user, _ in value.uses()]
+    return bool(users) and all(
+        user.op_type == "Transpose" and tuple(user.attributes["perm"].as_ints()) == (1, 0) for user in users
+    )
+
+
+def _skip_transpose(rewriter: Rewriter, value: ir.Value) -> ir.Value:
+    """The one output behind the transposes of a value; their readers all read it."""
+    first, *others = [user for user, _ in value.uses()]
+    for other in others:
+        rewriter.replace(other.outputs[0], first.outputs[0])
+    return first.outputs[0]
+
+
+def _gemm_to_matmul(rewriter: Rewriter, weight: ir.Value) -> None:
+    """Gemm(x, W, b) with transposed W as MatMul(x, Transpose(W)) + b."""
+    for gemm, index in list(weight.uses()):
+        plain = {"alpha": 1.0, "beta": 1.0}
+        scaled = any(name in gemm.attributes and gemm.attributes[name].value != v for name, v in plain.items())
+        turned = {name: name in gemm.attributes and gemm.attributes[name].as_int() for name in ("transA", "transB")}
+        if gemm.op_type != "Gemm" or index != 1 or scaled or turned["transA"] or not turned["transB"]:
+            continue
+        import onnx_ir as ir
+
+        out = gemm.outputs[0]
+        transposed = ir.node("Transpose", [weight], {"perm": [1, 0]})
+        transposed.outputs[0].name = rewriter.fresh(f"{out.name}_weight")
+        transposed.outputs[0].type = weight.type
+        rewriter.graph.insert_before(gemm, transposed)
+        x = gemm.inputs[0]
+        assert x is not None
+        new = rewriter.insert(gemm, "MatMul", [x, transposed.outputs[0]], f"{out.name}_matmul", out)
+        if len(gemm.inputs) > 2 and gemm.inputs[2] is not None:
+            new = rewriter.insert(gemm, "Add", [new, gemm.inputs[2]], f"{out.name}_biased", out)
+        rewriter.replace(out, new)
