@@ -1,0 +1,40 @@
+"""What a criterion is: how much each weight matters, from the weight and what was measured about its layer."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from gracile.errors import ConfigError
+from gracile.layer_stats import LayerStats
+
+
+class Criterion(Protocol):
+    """(weight, stats) -> scores: elementwise, float32, of the weight's shape; higher means keep.
+
+    needs: names of the `LayerStats` fields that it reads. Members are frozen dataclasses and pure functions; a user's
+    own function serves as well once it has the attribute `needs`.
+    """
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+
+    def __call__(self, weight: Tensor, stats: LayerStats) -> Tensor: ...
+
+
+def statistic(criterion: Criterion, stats: LayerStats, name: str, weight: Tensor) -> Tensor:
+    """The named statistic, float32, on the weight's device; ConfigError where it is absent or of another shape."""
+    value = getattr(stats, name)
+    who = type(criterion).__name__
+    if value is None:
+        raise ConfigError(
+            f"{who}: the statistic '{name}' was not collected.\n"
+            f"  It needs labelled data and a loss: Data(train=..., loss=gracile.losses.cross_entropy)."
+        )
+    if value.shape != weight.shape:
+        raise ConfigError(
+            f"{who}: the statistic '{name}' has shape {tuple(value.shape)}, and the weight {tuple(weight.shape)}.\n"
+            f"  It was collected for another layer, or before the layer was cut: collect it again."
+        )
+    return value.to(weight.device).float()
