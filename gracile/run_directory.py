@@ -44,10 +44,10 @@ class RunDirectory:
         """Where an unfinished step keeps its own checkpoints."""
         return self.path / "work" / f"{index:02d}"
 
-    def finish_step(self, index: int, model: nn.Module, edits: list[Edit], record: StepRecord) -> None:
-        """Save the model after a step with its record; the step's own checkpoints go."""
-        stored = Report(title="", steps=(record,)).to_json()["steps"][0]
-        artifact.save(model, self._finished(index), edits, {"record": stored})
+    def finish_step(self, index: int, model: nn.Module, edits: list[Edit], records: list[StepRecord]) -> None:
+        """Save the model after a step with the records so far; the step's own checkpoints go."""
+        stored = Report(title="", steps=tuple(records)).to_json()["steps"]
+        artifact.save(model, self._finished(index), edits, {"records": stored})
         shutil.rmtree(self.step_directory(index), ignore_errors=True)
         shutil.rmtree(self._finished(index - 2), ignore_errors=True)  # the last two are enough to go on
 
@@ -57,14 +57,14 @@ class RunDirectory:
         done = [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.is_dir() else []
         return max(done, default=-1) + 1
 
-    def restore(self, index: int, model: nn.Module) -> tuple[list[Edit], StepRecord]:
-        """Bring a fresh model to the state after a step; returns all edits so far and that step's record."""
+    def restore(self, index: int, model: nn.Module) -> tuple[list[Edit], list[StepRecord]]:
+        """Bring a fresh model to the state after a step; returns all edits and all records so far."""
         mode = model.training
         artifact.load(self._finished(index), model)
         model.train(mode)
         journal = artifact.read_journal(self._finished(index))
-        report = Report.from_json({**Report(title="").to_json(), "steps": [journal["provenance"]["record"]]})
-        return [edit_from_json(e) for e in journal["edits"]], report.steps[0]
+        report = Report.from_json({**Report(title="").to_json(), "steps": journal["provenance"]["records"]})
+        return [edit_from_json(e) for e in journal["edits"]], list(report.steps)
 
     def decision(self, name: str) -> Any:
         """What was decided or measured under a name, or None."""
