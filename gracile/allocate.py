@@ -20,7 +20,7 @@ class Uniform:
     def __call__(
         self, scores: Mapping[str, Tensor], fraction: float, costs: Mapping[str, float] | None = None
     ) -> dict[str, int]:
-        """Number to remove by name: fraction · n_i, the largest remainders rounded up; their sum is round(fraction · n).
+        """Number to remove by name: fraction · n_i, largest remainders rounded up; their sum is round(fraction · n).
 
         scores: only their sizes count. costs: not used. At least one unit of each stays, and where that leaves less to
         remove than asked, the sum is less.
@@ -75,7 +75,7 @@ class GlobalRank:
         candidates, owners = [], []
         for index, value in enumerate(scores.values()):
             flat = value.reshape(-1)
-            cap = min(math.floor(self.max_fraction * flat.numel()), flat.numel() - 1)
+            cap = min(math.floor(self.max_fraction * flat.numel() + 1e-9), flat.numel() - 1)  # 0.29 · 100 is 28.99…
             removable = flat[lowest(flat, cap)]
             candidates.append(removable)
             owners.append(torch.full_like(removable, index, dtype=torch.int32))
