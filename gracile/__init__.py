@@ -1,0 +1,96 @@
+"""Gracile makes a trained PyTorch model smaller and faster on the runtime that will serve it, and proves what that cost."""
+
+from __future__ import annotations
+
+from gracile import allocate, criteria, formats, losses, metrics, patterns, ranges, targets
+from gracile.artifact import load
+from gracile.compress import compress
+from gracile.context import Context, Progress
+from gracile.criteria import Gradient, Hessian, Magnitude, Taylor
+from gracile.data import Data
+from gracile.errors import (
+    ArtifactError,
+    ConfigError,
+    DataError,
+    GracileError,
+    MissingExtraError,
+    ModelError,
+    NothingChangedError,
+    RunError,
+    TargetError,
+)
+from gracile.export import export
+from gracile.formats import W4A16, W8A8, W8A16, FixedPoint, Int, Scheme
+from gracile.goal import Bytes, Goal, Latency, MACs, Parameters
+from gracile.losses import HardLabels, SoftLabels
+from gracile.optimize import optimize
+from gracile.patterns import NM, Channels, Heads, Unstructured
+from gracile.recipe import Recipe, Step, only
+from gracile.report.model import Report
+from gracile.result import Result
+from gracile.select import Select
+from gracile.steps import Distill, Finetune, Prune, Quantize
+from gracile.targets import OnnxRuntime, OpenVINO, PyTorch
+from gracile.version import __version__
+
+__all__ = [
+    "NM",
+    "W4A16",
+    "W8A8",
+    "W8A16",
+    "ArtifactError",
+    "Bytes",
+    "Channels",
+    "ConfigError",
+    "Context",
+    "Data",
+    "DataError",
+    "Distill",
+    "Finetune",
+    "FixedPoint",
+    "Goal",
+    "GracileError",
+    "Gradient",
+    "HardLabels",
+    "Heads",
+    "Hessian",
+    "Int",
+    "Latency",
+    "MACs",
+    "Magnitude",
+    "MissingExtraError",
+    "ModelError",
+    "NothingChangedError",
+    "OnnxRuntime",
+    "OpenVINO",
+    "Parameters",
+    "Progress",
+    "Prune",
+    "PyTorch",
+    "Quantize",
+    "Recipe",
+    "Report",
+    "Result",
+    "RunError",
+    "Scheme",
+    "Select",
+    "SoftLabels",
+    "Step",
+    "TargetError",
+    "Taylor",
+    "Unstructured",
+    "__version__",
+    "allocate",
+    "compress",
+    "criteria",
+    "export",
+    "formats",
+    "load",
+    "losses",
+    "metrics",
+    "only",
+    "optimize",
+    "patterns",
+    "ranges",
+    "targets",
+]

@@ -81,7 +81,7 @@ def measure(
                     batch_size=batch_size(batch),
                     latency_p50_ms=latency.p50_ms if latency else None,
                     latency_p95_ms=latency.p95_ms if latency else None,
-                    latencies_ms=tuple(latency.samples) if latency else (),
+                    
                 )
             )
     return [replace(p, measurements=tuple(timed[i])) for i, p in enumerate(prepared)]

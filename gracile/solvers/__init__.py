@@ -1,0 +1,1 @@
+"""Solvers: how weights are rounded, and how what remains is repaired."""

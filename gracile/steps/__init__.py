@@ -1,0 +1,10 @@
+"""Steps: what changes a model."""
+
+from __future__ import annotations
+
+from gracile.steps.distill import Distill, Finetune
+from gracile.steps.optimizers import SGD, AdamW
+from gracile.steps.prune import Prune
+from gracile.steps.quantize import Quantize
+
+__all__ = ["SGD", "AdamW", "Distill", "Finetune", "Prune", "Quantize"]

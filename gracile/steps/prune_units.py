@@ -94,11 +94,14 @@ def select_groups(traced: Trace, step: Prune, context: Context, recorder: Record
 def score_units(model: nn.Module, groups: list[Group], step: Prune, context: Context) -> dict[str, Tensor]:
     """One score for each unit of each group, higher is kept."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    weights = sorted({m.tensor for g in groups for m in g.members if m.tensor in parameters and parameters[m.tensor].ndim > 1})
+    members = {m.tensor for g in groups for m in g.members if m.tensor in parameters}
+    weights = sorted(name for name in members if parameters[name].ndim > 1)
     if step.below is not None and isinstance(step.criterion, Magnitude):
         return {g.name: unit_norms(g.members, {n: parameters[n].detach() for n in weights}) for g in groups}
     elementwise = score_weights(model, weights, step.criterion, context, step.examples)
-    return {g.name: reduce_scores(g.members, elementwise) for g in groups}
+    if step.below is not None:
+        return {g.name: reduce_scores(g.members, elementwise) for g in groups}
+    return {g.name: step.pattern.unit_scores(g.members, elementwise) for g in groups}
 
 
 def choose_units(

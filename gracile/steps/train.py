@@ -50,7 +50,8 @@ def train(
     zeros = _Zeros(model)
     begin_training(model)
     zeros.follow(model)
-    trained = [p for p in model.parameters() if p.is_floating_point()]
+    floating = [p for p in model.parameters() if p.is_floating_point()]
+    trained = [p for p in floating if p.requires_grad] or floating  # a model frozen altogether is trained altogether
     for p in trained:
         p.requires_grad_(True)
     state = _State(model, schedule.optimizer.build(trained), context.directory)

@@ -1,0 +1,110 @@
+"""Plans: which recipe to try for a share of units removed and a number format, and which options a target has."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from gracile.criteria import Magnitude, Taylor
+from gracile.data import Batch, Data, labels_of, logits_of
+from gracile.errors import DataError
+from gracile.formats import W8A8, Scheme
+from gracile.goal import Goal
+from gracile.graph import Trace
+from gracile.losses import MeanSquaredError, SoftLabels
+from gracile.patterns import Channels, Heads
+from gracile.recipe import Recipe, Step
+from gracile.steps.distill import Distill
+from gracile.steps.prune import Prune
+from gracile.steps.quantize import Quantize
+
+EXECUTED_SCHEMES: tuple[Scheme, ...] = (W8A8,)
+
+
+@dataclass(frozen=True)
+class Form:
+    """A way to run a model on the target: its precision mode, and the number format of layers (None: float)."""
+
+    target: Any
+    scheme: Scheme | None = None
+
+    @property
+    def label(self) -> str:
+        """For a person: the scheme where there is one, and the runtime's precision mode."""
+        precision = str(getattr(self.target, "precision", "float"))
+        return precision if self.scheme is None else f"{self.scheme.name} {precision}"
+
+
+def forms(goal: Goal) -> list[Form]:
+    """The forms the target may run faster: as asked for first, its other precision modes, and integers in each mode."""
+    target = goal.target
+    modes = [target]
+    for precision in target.capabilities.precisions:
+        if precision != getattr(target, "precision", precision):
+            modes.append(replace(target, precision=precision))
+    executed = [s for s in EXECUTED_SCHEMES if s.name in target.capabilities.schemes]
+    return [Form(mode) for mode in modes] + [Form(mode, scheme) for scheme in executed for mode in modes]
+
+
+def prune_steps(fraction: float, traced: Trace, data: Data) -> list[Step]:
+    """Steps that remove a share of the channels, and of the heads where the model has any."""
+    criterion = Taylor() if data.train is not None and data.loss is not None else Magnitude()
+    kinds = {group.kind for group in traced.groups if group.frozen is None}
+    patterns = [p for p in (Channels(), Heads()) if set(p.kinds) & kinds]
+    return [Prune(fraction, criterion=criterion, pattern=pattern) for pattern in patterns]
+
+
+def recipe_for(
+    fraction: float, form: Form, traced: Trace, model: nn.Module, data: Data, goal: Goal, mixed_precision: bool
+) -> Recipe | None:
+    """Prune, distil where there are training data, quantize where the form is of integers; None for nothing to do."""
+    steps: list[Step] = prune_steps(fraction, traced, data) if fraction > 0 else []
+    if steps and data.train is not None and goal.epochs:
+        steps.append(Distill(losses=losses_for(model, data), epochs=goal.epochs, mixed_precision=mixed_precision))
+    if form.scheme is not None:
+        steps.append(Quantize(form.scheme))
+    return Recipe(*steps) if steps else None
+
+
+def losses_for(model: nn.Module, data: Data) -> tuple[Any, ...]:
+    """Soft labels for a classifier, the squared error of the outputs for anything else."""
+    assert data.train is not None
+    batch: Batch = next(iter(data.train))
+    with torch.no_grad():
+        outputs = logits_of(data.forward(model, batch))
+    try:
+        labels = labels_of(batch)
+    except DataError:
+        labels = None
+    if outputs.ndim < 2 or outputs.shape[-1] < 2 or (labels is not None and labels.is_floating_point()):
+        return (MeanSquaredError(),)
+    return (SoftLabels(temperature=3.0),)
+
+
+def mixed_precision_pays(model: nn.Module, data: Data, steps: int = 3) -> bool:
+    """Whether a training step in bfloat16 takes less than three quarters of one in float32 here, by timing both."""
+    assert data.train is not None
+    batch = next(iter(data.train))
+    copy = _trainable_copy(model)
+    seconds = {}
+    for enabled in (False, True, False, True):
+        start = time.perf_counter()
+        for _ in range(steps):
+            with torch.autocast(next(copy.parameters()).device.type, dtype=torch.bfloat16, enabled=enabled):
+                loss = logits_of(data.forward(copy, batch)).float().square().mean()
+            loss.backward()  # type: ignore[no-untyped-call]
+        seconds[enabled] = time.perf_counter() - start  # the first round of each warms up
+    return seconds[True] < 0.75 * seconds[False]
+
+
+def _trainable_copy(model: nn.Module) -> nn.Module:
+    import copy
+
+    clone = copy.deepcopy(model).eval()
+    for p in clone.parameters():
+        p.requires_grad_(p.is_floating_point())
+    return clone
