@@ -1,4 +1,4 @@
-"""Gracile makes a trained PyTorch model smaller and faster on the runtime that will serve it, and proves what that cost."""
+"""Makes a trained PyTorch model smaller and faster on the runtime that will serve it, and proves what that cost."""
 
 from __future__ import annotations
 

@@ -43,7 +43,9 @@ def save_model(model: nn.Module, directory: Path, edits: Sequence[Edit], provena
     (directory / JOURNAL).write_text(json.dumps(journal, indent=1, sort_keys=True) + "\n")
 
 
-def save(model: nn.Module, directory: str | Path, edits: Sequence[Edit] = (), provenance: dict[str, Any] | None = None) -> None:
+def save(
+    model: nn.Module, directory: str | Path, edits: Sequence[Edit] = (), provenance: dict[str, Any] | None = None
+) -> None:
     """Save a model with its journal of edits as a directory, atomically; an older artifact there stays until then."""
     write_directory(directory, lambda temporary: save_model(model, temporary, edits, provenance or {}))
 
@@ -69,13 +71,15 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
             f"'{directory}' holds a {saved_class}, and was given a {type(model).__name__} to load into.\n"
             f"  Pass a fresh instance of {journal['class']}."
         )
+    edits = tuple(edit_from_json(edit) for edit in journal["edits"])
     try:
-        apply(model, [edit_from_json(edit) for edit in journal["edits"]])
+        apply(model, edits)
     except GracileError:
         raise
     except Exception as error:
         raise ArtifactError(f"'{directory}': the edits do not fit a {type(model).__name__}: {error}.") from error
     _fill(model, tensors, journal, directory)
+    model.gracile_edits = edits  # type: ignore[assignment]  # a further compression goes on from them
     return model.eval()
 
 
@@ -89,7 +93,9 @@ def read_journal(directory: str | Path) -> dict[str, Any]:
     except NotADirectoryError:
         raise ArtifactError(f"'{directory}' is not a directory; an artifact is one.") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"'{path}' cannot be read: {error}.\n  The file is damaged; restore it from a copy.") from error
+        raise ArtifactError(
+            f"'{path}' cannot be read: {error}.\n  The file is damaged; restore it from a copy."
+        ) from error
     if not isinstance(journal, dict) or not isinstance(journal.get("schema"), int):
         raise ArtifactError(f"'{path}' is not a journal of edits.")
     if journal["schema"] > SCHEMA:

@@ -31,7 +31,9 @@ def check_request(model: Any, data: Any, teacher: Any = None) -> None:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"'{name}' holds NaN or infinity: the model is damaged.")
     if not isinstance(data, Data):
-        raise DataError(f"Expected gracile.Data, got {_described(data)}.\n  Pass gracile.Data(calibration=batches, ...).")
+        raise DataError(
+            f"Expected gracile.Data, got {_described(data)}.\n  Pass gracile.Data(calibration=batches, ...)."
+        )
     if teacher is not None and not isinstance(teacher, nn.Module):
         raise ModelError(f"The teacher is {_described(teacher)}; expected a PyTorch model (nn.Module).")
     if data.evaluation is not None and data.metric is None:
@@ -58,7 +60,9 @@ def _check_role(model: nn.Module, data: Data, role: str) -> None:
     _check_finite(batch, role)
     outputs = _run(model, data, batch, role)
     if not bool(torch.isfinite(logits_of(outputs)).all()):
-        raise ModelError(f"The model answers NaN or infinity on the first {role} batch.\n  Check its weights and inputs.")
+        raise ModelError(
+            f"The model answers NaN or infinity on the first {role} batch.\n  Check its weights and inputs."
+        )
     if role == "evaluation" and data.metric is not None:
         collect(lambda _: outputs, [batch], data.metric)
     if role == "train" and data.loss is not None:

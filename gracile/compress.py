@@ -59,7 +59,15 @@ def compress(
     data = data if data is not None else Data()
     check_request(model, data, teacher)
     compressed, edits, records, original = run_steps(
-        model, step, data, teacher=teacher, target=target, seed=seed, run_dir=run_dir, inplace=inplace, on_progress=on_progress
+        model,
+        step,
+        data,
+        teacher=teacher,
+        target=target,
+        seed=seed,
+        run_dir=run_dir,
+        inplace=inplace,
+        on_progress=on_progress,
     )
     provenance = provenance_of(step, data, seed)
     with tempfile.TemporaryDirectory() as temporary:
@@ -98,16 +106,15 @@ def run_steps(
     if run_dir is not None:
         identity = {"model": fingerprint_model(original), "recipe": to_config(step), "seed": seed}
         run = RunDirectory(run_dir, identity | {"data": fingerprint_data(data)})
-    edits: list[Edit] = []
+    edits: list[Edit] = list(getattr(model, "gracile_edits", ()))  # of an earlier compression, if it was loaded
     records: list[StepRecord] = []
     todo = leaves(step)
     done = run.finished_steps() if run is not None else 0
     if run is not None and done:
         edits, records = run.restore(done - 1, work)
     else:
-        todo[0].check(work, context)
-        for later in todo[1:]:
-            check_settings(later, work, context)
+        for planned in todo:
+            planned.check(work, context)
     for index in range(done, len(todo)):
         context.progress("step", index, len(todo), todo[index].title)
         directory = run.step_directory(index) if run is not None else None
@@ -119,12 +126,8 @@ def run_steps(
         if run is not None:
             run.finish_step(index, work, edits, records)
     context.progress("step", len(todo), len(todo))
+    work.gracile_edits = tuple(edits)  # type: ignore[assignment]
     return work, edits, records, original
-
-
-def check_settings(step: Step, model: nn.Module, context: Context) -> None:
-    """Check a later step against the model as it is now: names and data are known, shapes may still change."""
-    step.check(model, context)
 
 
 def measure_both(
@@ -150,11 +153,20 @@ def measure_both(
 
 
 def report_of(
-    before: Measured | None, after: Measured | None, data: Data, *, seed: int, max_drop: float = float("inf"), confidence: float = 0.95
+    before: Measured | None,
+    after: Measured | None,
+    data: Data,
+    *,
+    seed: int,
+    max_drop: float = float("inf"),
+    confidence: float = 0.95,
 ) -> Report:
     """The report's measurements, comparison, behaviour, parity and environment."""
     report = Report(
-        title="", seed=seed, environment=describe_environment(), created=datetime.now(timezone.utc).isoformat(timespec="seconds")
+        title="",
+        seed=seed,
+        environment=describe_environment(),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
     if before is None or after is None:
         return replace(report, verdict="Not measured: no data to run the model on.")
@@ -166,9 +178,7 @@ def report_of(
     )
     if data.metric is None or before.values is None or after.values is None or data.evaluation is None:
         return replace(report, verdict="Quality was not measured: no evaluation data.")
-    comparison = compare(
-        data.metric, before.values, after.values, max_drop=max_drop, confidence=confidence, seed=seed
-    )
+    comparison = compare(data.metric, before.values, after.values, max_drop=max_drop, confidence=confidence, seed=seed)
     return replace(
         report,
         comparison=plain(comparison),

@@ -10,7 +10,7 @@ from gracile.errors import ConfigError
 
 
 def to_config(value: Any) -> Any:
-    """Plain JSON data of a setting: a dataclass becomes {"type": class name, field: value, ...}, a callable its name."""
+    """Plain JSON data of a setting: a dataclass as {"type": class name, field: value, ...}, a callable as its name."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if is_dataclass(value) and not isinstance(value, type):

@@ -98,9 +98,7 @@ def inputs_of(model: nn.Module, batch: Batch, feed: Callable[[Batch], Any] | Non
         return tuple(_to(a, device) for a in args), {}
     if isinstance(batch, Mapping):
         names, accepts_any = _parameters(model)
-        kwargs = {
-            k: _to(v, device) for k, v in batch.items() if k not in LABEL_KEYS and (accepts_any or k in names)
-        }
+        kwargs = {k: _to(v, device) for k, v in batch.items() if k not in LABEL_KEYS and (accepts_any or k in names)}
         if not kwargs:
             raise DataError(
                 f"A batch with the keys {sorted(map(str, batch))} has none that {type(model).__name__}.forward accepts "

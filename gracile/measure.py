@@ -1,4 +1,4 @@
-"""Models measured where they will run: exported, judged on the evaluation data, and timed interleaved in one process."""
+"""Models measured where they will run: exported, judged on the evaluation data, timed interleaved in one process."""
 
 from __future__ import annotations
 
@@ -81,7 +81,6 @@ def measure(
                     batch_size=batch_size(batch),
                     latency_p50_ms=latency.p50_ms if latency else None,
                     latency_p95_ms=latency.p95_ms if latency else None,
-                    
                 )
             )
     return [replace(p, measurements=tuple(timed[i])) for i, p in enumerate(prepared)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,15 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from gracile.config import to_config
 from gracile.criteria import Magnitude, Taylor
 from gracile.data import Batch, Data, labels_of, logits_of
 from gracile.errors import DataError
 from gracile.formats import W8A8, Scheme
-from gracile.goal import Goal
+from gracile.goal import Bytes, Goal, Latency, MACs, Parameters
 from gracile.graph import Trace
 from gracile.losses import MeanSquaredError, SoftLabels
 from gracile.patterns import Channels, Heads
 from gracile.recipe import Recipe, Step
+from gracile.report.model import Measurement
+from gracile.report.plain import plain
 from gracile.steps.distill import Distill
 from gracile.steps.prune import Prune
 from gracile.steps.quantize import Quantize
@@ -89,22 +93,49 @@ def mixed_precision_pays(model: nn.Module, data: Data, steps: int = 3) -> bool:
     """Whether a training step in bfloat16 takes less than three quarters of one in float32 here, by timing both."""
     assert data.train is not None
     batch = next(iter(data.train))
-    copy = _trainable_copy(model)
+    net = _trainable_copy(model)
     seconds = {}
     for enabled in (False, True, False, True):
         start = time.perf_counter()
         for _ in range(steps):
-            with torch.autocast(next(copy.parameters()).device.type, dtype=torch.bfloat16, enabled=enabled):
-                loss = logits_of(data.forward(copy, batch)).float().square().mean()
+            with torch.autocast(next(net.parameters()).device.type, dtype=torch.bfloat16, enabled=enabled):
+                loss = logits_of(data.forward(net, batch)).float().square().mean()
             loss.backward()  # type: ignore[no-untyped-call]
         seconds[enabled] = time.perf_counter() - start  # the first round of each warms up
     return seconds[True] < 0.75 * seconds[False]
 
 
 def _trainable_copy(model: nn.Module) -> nn.Module:
-    import copy
-
     clone = copy.deepcopy(model).eval()
     for p in clone.parameters():
         p.requires_grad_(p.is_floating_point())
     return clone
+
+
+def broken_limits(goal: Goal, before: Measurement, after: Measurement) -> list[str]:
+    """What each limit of the goal that does not hold is, and what was measured."""
+    amounts = {
+        Latency: (before.latency_p50_ms, after.latency_p50_ms, "ms"),
+        MACs: (before.macs, after.macs, "MACs"),
+        Parameters: (before.parameters, after.parameters, "parameters"),
+        Bytes: (before.file_bytes, after.file_bytes, "bytes"),
+    }
+    broken = []
+    for budget in goal.limits:
+        original, measured, unit = amounts[type(budget)]
+        if original is None or measured is None:
+            continue
+        limit = budget.limit(float(original))
+        if measured > limit:
+            broken.append(f"{measured:.4g} {unit}, limit {limit:.4g}")
+    return broken
+
+
+def goal_data(goal: Goal, before: Measurement) -> dict[str, Any]:
+    """The goal as the report shows it, with limits in the units that were measured."""
+    described = plain(to_config(goal))
+    wanted = [
+        b.limit(float(before.latency_p50_ms)) for b in goal.limits if isinstance(b, Latency) and before.latency_p50_ms
+    ]
+    described["latency_ms"] = min(wanted) if wanted else None
+    return dict(described)

@@ -48,7 +48,9 @@ class Recipe(Step):
             raise ConfigError("Recipe(): no steps.\n  Give at least one, for example Recipe(Prune(0.3)).")
         for step in steps:
             if not isinstance(step, Step):
-                raise ConfigError(f"Recipe: {step!r} is not a step.\n  Steps are Prune, Quantize, Distill, Finetune, only.")
+                raise ConfigError(
+                    f"Recipe: {step!r} is not a step.\n  Steps are Prune, Quantize, Distill, Finetune, only."
+                )
         object.__setattr__(self, "steps", tuple(steps))
 
     def check(self, model: nn.Module, context: Context) -> None:

@@ -1,4 +1,4 @@
-"""Edits: structural changes of a model as plain data, applied by one function here and replayed when a model is loaded."""
+"""Edits: structural changes of a model as plain data, applied by one function and replayed when a model is loaded."""
 
 from __future__ import annotations
 

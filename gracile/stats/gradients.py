@@ -1,4 +1,4 @@
-"""Gradients of the loss per example: their mean, their mean square (Fisher), and the Hessian's diagonal (Hutchinson)."""
+"""Gradients of the loss per example: mean, mean square (Fisher), and the Hessian's diagonal (Hutchinson)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def collect_gradients(
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    for name, p in model.named_parameters():
+    for p in model.parameters():
         p.requires_grad_(any(p is w for w in wanted.values()))
     try:
         sums, count = _first_order(model, wanted, needs, data, examples, on_example)
@@ -57,9 +57,7 @@ def collect_gradients(
             p.requires_grad_(flags[name])
         for module, training in modes:
             module.training = training
-    return {
-        name: LayerStats(**{key: values[name] for key, values in sums.items()}, examples=count) for name in wanted
-    }
+    return {name: LayerStats(**{key: values[name] for key, values in sums.items()}, examples=count) for name in wanted}
 
 
 def _first_order(
@@ -105,9 +103,7 @@ def _hutchinson(
         loss = _loss(model, data, piece)
         gradients = torch.autograd.grad(loss, list(wanted.values()), create_graph=True, materialize_grads=True)
         for _ in range(probes):
-            signs = [
-                torch.randint(0, 2, g.shape, generator=generator).to(g).mul_(2).sub_(1) for g in gradients
-            ]
+            signs = [torch.randint(0, 2, g.shape, generator=generator).to(g).mul_(2).sub_(1) for g in gradients]
             products = torch.autograd.grad(
                 gradients, list(wanted.values()), signs, retain_graph=True, materialize_grads=True
             )

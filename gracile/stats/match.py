@@ -84,22 +84,22 @@ def match_statistics(
 
 
 def _correctable(model: nn.Module, original: nn.Module, biases: bool) -> list[str]:
-    names = dict(original.named_modules())
-    chosen = []
-    for name, module in model.named_modules():
-        if name not in names:
-            continue
-        if isinstance(module, BATCH_NORMS) and module.running_mean is not None and isinstance(names[name], BATCH_NORMS):
-            chosen.append(name)
-        elif biases and isinstance(getattr(module, "bias", None), Tensor) and _has_channels(module):
-            chosen.append(name)
-    return chosen
+    others = dict(original.named_modules())
+    return [
+        name
+        for name, module in model.named_modules()
+        if name in others and (_is_tracking_norm(module, others[name]) or (biases and _has_biased_channels(module)))
+    ]
 
 
-def _has_channels(module: nn.Module) -> bool:
-    """Linear and convolution layers, quantized ones too: a weight of two axes or more and a bias for each output."""
-    name = type(module).__name__
-    return "Linear" in name or "Conv" in name
+def _is_tracking_norm(module: nn.Module, other: nn.Module) -> bool:
+    return isinstance(module, BATCH_NORMS) and isinstance(other, BATCH_NORMS) and module.running_mean is not None
+
+
+def _has_biased_channels(module: nn.Module) -> bool:
+    """Linear and convolution layers with a bias for each output, quantized ones too."""
+    kind = type(module).__name__
+    return isinstance(getattr(module, "bias", None), Tensor) and ("Linear" in kind or "Conv" in kind)
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:

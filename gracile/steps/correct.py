@@ -21,7 +21,7 @@ def copy_model(model: nn.Module) -> nn.Module:
 def correct_statistics(
     model: nn.Module, reference: nn.Module, context: Context, recorder: Recorder, kept: Mapping[str, Tensor]
 ) -> None:
-    """Match batch-norm statistics and biases to the reference on the calibration batches, and record what came of it."""
+    """Match batch-norm statistics and biases to the reference on the calibration batches, and record the outcome."""
     done = match_statistics(
         model, reference, context.data, kept, on_batch=lambda n: context.progress("correct statistics", n, None)
     )

@@ -11,9 +11,7 @@ from torch import nn
 from gracile.surgery import Swap, apply
 
 
-def fold_batch_norms(
-    model: nn.Module, pairs: Iterable[tuple[str, str]], layers: set[str]
-) -> list[tuple[str, str]]:
+def fold_batch_norms(model: nn.Module, pairs: Iterable[tuple[str, str]], layers: set[str]) -> list[tuple[str, str]]:
     """W ← W · γ/√(σ² + ε), b ← (b − μ) · γ/√(σ² + ε) + β for every pair whose layer is among `layers`; returns them.
 
     pairs: (layer, batch norm) where the batch norm reads exactly the layer's output and nothing else does. The batch
@@ -29,7 +27,9 @@ def fold_batch_norms(
             factor = (norm.running_var.double() + norm.eps).rsqrt()
             if norm.weight is not None:
                 factor = factor * norm.weight.double()
-            bias = -norm.running_mean.double() if layer.bias is None else layer.bias.double() - norm.running_mean.double()
+            bias = (
+                -norm.running_mean.double() if layer.bias is None else layer.bias.double() - norm.running_mean.double()
+            )
             bias = bias * factor + (0 if norm.bias is None else norm.bias.double())
             axis = 1 if getattr(layer, "transposed", False) else 0
             view = [1] * layer.weight.ndim

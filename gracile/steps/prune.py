@@ -99,8 +99,8 @@ class Prune(Step):
     def check(self, model: nn.Module, context: Context) -> None:
         if needs_gradients(self.criterion) and (context.data.train is None or context.data.loss is None):
             raise ConfigError(
-                f"Prune: the criterion {type(self.criterion).__name__} needs gradients, and there are no labelled data or "
-                f"no loss.\n  Pass Data(train=..., loss=gracile.losses.cross_entropy), or use Magnitude()."
+                f"Prune: the criterion {type(self.criterion).__name__} needs gradients, and there are no labelled data "
+                f"or no loss.\n  Pass Data(train=..., loss=gracile.losses.cross_entropy), or use Magnitude()."
             )
 
     def __call__(self, model: nn.Module, context: Context) -> StepRecord:

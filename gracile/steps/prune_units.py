@@ -44,7 +44,7 @@ def prune_units(model: nn.Module, step: Prune, context: Context, recorder: Recor
     keep = choose_units(model, traced, groups, scores, step, context, batch)
     if not keep:
         raise NothingChangedError(
-            f"Prune: no unit was removed from {len(groups)} groups; each keeps at least one, and none scored low enough.\n"
+            f"Prune: no unit was removed from {len(groups)} groups; each keeps at least one, none scored low enough.\n"
             f"  Raise the amount; `gracile inspect` shows the groups and their sizes."
         )
     reference = copy_model(model)

@@ -43,7 +43,7 @@ class Quantize(Step):
 
     scheme: Scheme | Format
     _: KW_ONLY
-    ranges: MinMax | Percentile | MSE = MSE()  # noqa: RUF009 - frozen
+    ranges: MinMax | Percentile | MSE = MSE()
     correct: bool = True
     exclude: tuple[str, ...] = ()
 
@@ -51,7 +51,8 @@ class Quantize(Step):
         if not isinstance(self.scheme, (Scheme, Format)):
             hint = " W4A16 takes its group: W4A16(group=128)." if callable(self.scheme) else ""
             raise ConfigError(
-                f"Quantize({self.scheme!r}): not a scheme or a format.{hint}\n  Use W8A8, W8A16, W4A16(group=32) or Int(bits=4)."
+                f"Quantize({self.scheme!r}): not a scheme or a format.{hint}\n"
+                f"  Use W8A8, W8A16, W4A16(group=32) or Int(bits=4)."
             )
         if not isinstance(self.ranges, (MinMax, Percentile, MSE)):
             raise ConfigError(f"Quantize(ranges={self.ranges!r}): expected MinMax(), Percentile() or MSE().")

@@ -117,7 +117,9 @@ def _validate(model: nn.Module, objective: Objective, batches: Iterable[Batch]) 
 
 def _set_rate(optimizer: torch.optim.Optimizer, peak: float, progress: float) -> None:
     warm_up = 0.05
-    rate = progress / warm_up if progress < warm_up else (1 + math.cos(math.pi * (progress - warm_up) / (1 - warm_up))) / 2
+    rate = (
+        progress / warm_up if progress < warm_up else (1 + math.cos(math.pi * (progress - warm_up) / (1 - warm_up))) / 2
+    )
     for group in optimizer.param_groups:
         group["lr"] = peak * max(rate, 1e-3)
 

@@ -43,7 +43,11 @@ def split_training(train: Iterable[Batch], fraction: float, generator: torch.Gen
         raise DataError("The training data hold no batches.")
     held = max(1, round(fraction * count)) if count > 1 and fraction > 0 else 0
     positions = set(torch.randperm(count, generator=generator)[:held].tolist())
-    note = f"{held} of {count} batches held out to choose the epoch" if held else "no data held out; the last epoch is kept"
+    note = (
+        f"{held} of {count} batches held out to choose the epoch"
+        if held
+        else "no data held out; the last epoch is kept"
+    )
     if batches is not None:
         kept = [b for i, b in enumerate(batches) if i not in positions]
         return Split(_Shuffled(kept), [batches[i] for i in sorted(positions)], len(kept), note)
