@@ -100,7 +100,11 @@ def fingerprint_data(data: Data) -> dict[str, str]:
             leaves = torch.utils._pytree.tree_leaves(next(iter(batches), None))
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             parts = [
-                [str(t.dtype), list(t.shape), hashlib.sha256(t.detach().cpu().contiguous().numpy().tobytes()).hexdigest()]
+                [
+                    str(t.dtype),
+                    list(t.shape),
+                    hashlib.sha256(t.detach().cpu().contiguous().numpy().tobytes()).hexdigest(),
+                ]
                 for t in tensors
             ]
             prints[role] = sha256_json(parts)
