@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.models import NORMALISATION, SHARED
 
@@ -32,3 +34,43 @@ def cifar10(split: str, normalisation: str = "akamaster") -> tuple[Tensor, Tenso
 def batches(images: Tensor, labels: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
     """Consecutive (images, labels) batches."""
     return list(zip(images.split(size), labels.split(size)))
+
+
+class Augmented(Dataset[tuple[Tensor, Tensor]]):
+    """Images with random flips and crops (4 pixels of padding), drawn a batch at a time from torch's random state."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        images, labels = self.__getitems__([index])
+        return images[0], labels[0]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        chosen = torch.as_tensor(indices)
+        return augment(self.images[chosen]), self.labels[chosen]
+
+
+def augment(images: Tensor) -> Tensor:
+    """Each image flipped with probability one half and shifted by up to 4 pixels, zeros coming in."""
+    count, _, height, width = images.shape
+    flipped = torch.where(torch.rand(count, 1, 1, 1) < 0.5, images.flip(3), images)
+    padded = F.pad(flipped, (4, 4, 4, 4))
+    dy, dx = torch.randint(0, 9, (2, count))
+    rows = (dy[:, None] + torch.arange(height))[:, None, :, None]
+    columns = (dx[:, None] + torch.arange(width))[:, None, None, :]
+    return padded[
+        torch.arange(count)[:, None, None, None], torch.arange(images.shape[1])[None, :, None, None], rows, columns
+    ]
+
+
+def augmented_loader(images: Tensor, labels: Tensor, size: int = 128) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Shuffled, augmented training batches."""
+    return DataLoader(Augmented(images, labels), batch_size=size, shuffle=True, collate_fn=_whole)
+
+
+def _whole(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return batch
