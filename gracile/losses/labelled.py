@@ -68,7 +68,7 @@ def class_pairs(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         return logits.flatten(0, -2), labels.float().flatten(0, -2)
     if labels.ndim == logits.ndim and labels.shape[-1:] == (1,):
         labels = labels.squeeze(-1)
-    if labels.shape != logits.shape[:-1] and labels.shape == logits.shape[:1] + logits.shape[2:]:
+    if logits.ndim > 2 and logits.shape[:-1] != labels.shape == logits.shape[:1] + logits.shape[2:]:
         logits = logits.movedim(1, -1)
     if logits.ndim < 2 or labels.shape != logits.shape[:-1] or labels.is_floating_point():
         raise DataError(
