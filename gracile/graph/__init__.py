@@ -1,0 +1,10 @@
+"""Which tensor axes of a model are tied, so that one neuron, head or channel can be cut everywhere at once."""
+
+from __future__ import annotations
+
+from gracile.graph.check import CutCheck, check_cut
+from gracile.graph.groups import Group, Member
+from gracile.graph.plan import cut_macs, plan_resize
+from gracile.graph.trace import LayerInfo, Trace, trace
+
+__all__ = ["CutCheck", "Group", "LayerInfo", "Member", "Trace", "check_cut", "cut_macs", "plan_resize", "trace"]

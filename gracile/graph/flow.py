@@ -1,0 +1,85 @@
+"""Which layer or operator reads the output of which layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from gracile.graph.recorder import Event
+
+State = tuple[int, int]
+#: Operators that pass values on unchanged.
+COPIES = frozenset({"clone", "contiguous", "_to_copy", "alias", "detach", "native_dropout", "dropout", "identity"})
+SUMS = frozenset({"add", "cat", "stack", "sub"})
+
+
+class Flow:
+    """Answers from the operators recorded, and the tensor states that went in and out of each layer."""
+
+    def __init__(
+        self,
+        events: Sequence[Event],
+        outputs: Mapping[str, list[State]],
+        inputs: Mapping[str, list[State]],
+        layers: Mapping[str, nn.Module],
+        returned: Iterable[State],
+    ) -> None:
+        self._outputs, self._inputs, self._layers = outputs, inputs, layers
+        self._returned = set(returned)
+        self._readers: dict[State, list[Event]] = {}
+        for event in events:
+            for state in dict.fromkeys(event.reads):
+                self._readers.setdefault(state, []).append(event)
+
+    def consumers(self, layer: str) -> tuple[str, ...]:
+        """Names of what reads the layer's output, in order, each once."""
+        found: dict[str, None] = {}
+        for state in self._outputs.get(layer, ()):
+            found.update(dict.fromkeys(self._name(event) for event in self._external(state, layer)))
+        return tuple(found)
+
+    def feeds_sum(self, layer: str) -> bool:
+        """Whether an output reaches an addition or concatenation through batch norms and copies only."""
+        waiting = [(state, layer) for state in self._outputs.get(layer, ())]
+        seen: set[State] = set()
+        while waiting:
+            state, made_by = waiting.pop()
+            if state in seen:
+                continue
+            seen.add(state)
+            for event in self._external(state, made_by):
+                if event.layer in self._layers and event.layer is not None:
+                    if isinstance(self._layers[event.layer], _BatchNorm):
+                        waiting.extend((s, event.layer) for s in self._outputs.get(event.layer, ()))
+                elif event.op in SUMS:
+                    return True
+                elif event.op in COPIES:
+                    waiting.extend((made, made_by) for made in event.makes)
+        return False
+
+    def batch_norm_pairs(self) -> list[tuple[str, str]]:
+        """(convolution or linear, batch norm) that always run one after the other, with nothing else reading."""
+        producers = {
+            states[0]: name
+            for name, states in self._outputs.items()
+            if len(states) == 1 and isinstance(self._layers.get(name), (_ConvNd, nn.Linear))
+        }
+        pairs = []
+        for norm, module in self._layers.items():
+            states = self._inputs.get(norm, [])
+            if not isinstance(module, _BatchNorm) or len(states) != 1 or states[0] in self._returned:
+                continue
+            layer = producers.get(states[0])
+            if layer is not None and {event.layer for event in self._external(states[0], layer)} == {norm}:
+                pairs.append((layer, norm))
+        return pairs
+
+    def _external(self, state: State, layer: str) -> list[Event]:
+        """Readers of the state outside the layer that made it."""
+        return [event for event in self._readers.get(state, ()) if event.layer != layer]
+
+    def _name(self, event: Event) -> str:
+        return f"module:{event.layer}" if event.layer in self._layers else event.op

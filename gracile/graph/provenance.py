@@ -1,0 +1,244 @@
+"""The function mode under which a model is traced: which integer of the forward sized which dimension.
+
+Sizes read from tensors come back as traced integers. What a function is given as sizes becomes a constraint: after a
+cut, the integer must again equal the size of that dimension, or the axes in it are frozen.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from gracile.graph.axes import COUNTS_GROUPS, Expr, fresh, is_fixed, size, slice_expr, split_expr
+from gracile.graph.integers import Constraint, Formula, Size, Source, Traced, source_of
+from gracile.graph.recorder import Recorder, tensors_in
+
+Note = Callable[["Provenance", tuple[Any, ...], dict[str, Any], Any], None]
+
+
+class Provenance(TorchFunctionMode):
+    """Runs every function and notes the integers that size what it returns."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+        self.where = ""
+
+    def __torch_function__(self, func: Any, types_: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "multi_head_attention_forward" and isinstance(func, types.FunctionType):
+            with self:  # a Python function: look inside, where its integers meet the operators
+                return _past_its_own_check(func)(*args, **kwargs)
+        output = func(*args, **kwargs)
+        if getattr(func, "__self__", None) is torch.Tensor.shape or (name == "size" and isinstance(output, tuple)):
+            return self._sizes(args[0], output)
+        if name == "size" and isinstance(output, int):
+            dim = kwargs["dim"] if "dim" in kwargs else args[1]
+            return self._sizes(args[0], args[0].shape)[dim]
+        self.where = f"{name.strip('_')} in '{self.recorder.layers[-1] if self.recorder.layers else 'forward'}'"
+        note = NOTES.get(name if name.startswith("__") else name.rstrip("_"), _pin)
+        note(self, args, kwargs, output)
+        return output
+
+    def _sizes(self, tensor: Tensor, sizes: torch.Size) -> Any:
+        """Sizes that know which dimension they measure; those of fixed dimensions are plain."""
+        dims = self.recorder.value(tensor).dims
+        if len(dims) != len(sizes):
+            return sizes
+        traced = [n if is_fixed(d) else Traced(n, Size(d), self.equal) for n, d in zip(sizes, dims)]
+        return torch.Size(traced)
+
+    def equal(self, left: Source, right: Source) -> None:
+        """Two integers that were compared and found equal must stay so."""
+        self.recorder.constraints.append(Constraint(Formula("-", left, right), 0, "a comparison of sizes"))
+
+    def tie(self, value: Any, target: Expr) -> None:
+        """The integer is the size of the dimension, now and after a cut. -1 is whatever remains."""
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 0 and int(value) == size(target):
+            if not is_fixed(target) or isinstance(value, Traced):
+                self.recorder.constraints.append(Constraint(source_of(value), target, self.where))
+
+    def pin(self, value: Any) -> None:
+        """The integer is used in a way that is not understood: it must not change."""
+        for item in _integers(value):
+            self.recorder.constraints.append(Constraint(item.source, int(item), self.where))
+
+    def dims(self, tensor: Tensor) -> list[Expr]:
+        return self.recorder.value(tensor).dims
+
+
+def _integers(tree: Any) -> Iterator[Traced]:
+    if isinstance(tree, Traced):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from _integers(item)
+    elif isinstance(tree, dict):
+        yield from _integers(list(tree.values()))
+    elif isinstance(tree, slice):
+        yield from _integers((tree.start, tree.stop, tree.step))
+
+
+def _pin(mode: Provenance, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    mode.pin(args)
+    mode.pin(kwargs)
+
+
+def _ignore(mode: Provenance, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Functions whose integers are dimension numbers, or sizes that some other note has seen."""
+
+
+def _sized(first: int) -> Note:
+    """Sizes of the output, given from the argument `first` on, one by one or as one sequence."""
+
+    def note(mode: Provenance, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = kwargs.get("size", kwargs.get("shape", args[first:]))
+        while isinstance(given, (tuple, list)) and given and isinstance(given[0], (tuple, list)):
+            given = given[0]
+        if isinstance(output, Tensor):
+            for n, dim in zip(given, mode.dims(output)):
+                mode.tie(n, dim)
+
+    return note
+
+
+def _unflatten(mode: Provenance, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    dim, sizes = [*args[1:], *kwargs.values()][:2]
+    for n, target in zip(sizes, mode.dims(output)[dim if dim >= 0 else args[0].ndim + dim :]):
+        mode.tie(n, target)
+
+
+def _split(mode: Provenance, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    sizes = [*args[1:2], *(kwargs[k] for k in ("split_size_or_sections", "split_size", "split_sizes") if k in kwargs)][0]
+    dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
+    each = sizes if isinstance(sizes, (tuple, list)) else [sizes] * len(output)
+    for n, part in zip(each, output):
+        mode.tie(n, mode.dims(part)[dim])
+    if not isinstance(sizes, (tuple, list)) and len(output) > 1 and output[-1].shape[dim] != sizes:
+        mode.pin(sizes)
+
+
+def _chunk(mode: Provenance, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Parts of equal size, which must stay equal; where the last is smaller, none may change."""
+    dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
+    first, *others = [mode.dims(part)[dim] for part in output]
+    for part in others:
+        equal = size(part) == size(first)
+        mode.recorder.constraints.append(Constraint(Size(part), first if equal else size(part), mode.where))
+    if others and size(others[-1]) != size(first):
+        mode.recorder.constraints.append(Constraint(Size(first), size(first), mode.where))
+
+
+def _select(mode: Provenance, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    tensor, dim, index = (*args, *kwargs.values())[:3]
+    if isinstance(index, int):
+        _prefix(mode, mode.dims(tensor)[dim], index)
+
+
+def _narrow(mode: Provenance, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    tensor, dim, start, length = (*args, *kwargs.values())[:4]
+    if isinstance(start, int):
+        _prefix(mode, mode.dims(tensor)[dim], start)
+    mode.tie(length, mode.dims(output)[dim])
+
+
+def _prefix(mode: Provenance, dim: Expr, n: int) -> None:
+    """n positions from the front (or, negative, from the back) are told apart by a number."""
+    total = size(dim)
+    count = int(n)
+    if is_fixed(dim) or count == 0 or abs(count) >= total:
+        return
+    mode.tie(n if count > 0 else -n, slice_expr(dim, 0 if count > 0 else total + count, abs(count)))
+
+
+def _getitem(mode: Provenance, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    tensor, key = args[0], args[1]
+    keys = key if isinstance(key, tuple) else (key,)
+    dims = mode.dims(tensor)
+    taken = sum(1 for k in keys if k is not None and k is not Ellipsis and not isinstance(k, bool))
+    d = 0
+    for k in keys:
+        if k is Ellipsis:
+            d = len(dims) - (taken - d)
+            continue
+        if k is None or isinstance(k, bool):
+            continue
+        if isinstance(k, slice):
+            for bound in (k.start, k.stop):
+                if isinstance(bound, int) and k.step in (None, 1):
+                    _prefix(mode, dims[d], bound)
+        elif isinstance(k, int):
+            _prefix(mode, dims[d], k)
+        d += k.ndim if isinstance(k, Tensor) and k.dtype == torch.bool else 1
+
+
+def _normalized(mode: Provenance, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    shape = kwargs.get("normalized_shape", args[1] if len(args) > 1 else ())
+    for n, dim in zip(shape, mode.dims(args[0])[-len(shape) :]):
+        mode.tie(n, dim)
+
+
+def _grouped(position: int, name: str) -> Note:
+    """A count of groups: the outer part of the channels."""
+
+    def note(mode: Provenance, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        groups = kwargs.get(name, args[position] if len(args) > position else 1)
+        if not isinstance(output, Tensor) or groups == 1:
+            return
+        channels = mode.dims(args[0])[1]
+        halves = split_expr(channels, int(groups)) if not is_fixed(channels) else None
+        mode.tie(groups, halves[0] if halves else fresh(int(groups), COUNTS_GROUPS))
+
+    return note
+
+
+def _repeat(mode: Provenance, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Counts of repetition do not change."""
+    _pin(mode, args, kwargs, output)
+
+
+def _arange(mode: Provenance, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """What counts positions is frozen, so its bounds must not change."""
+    mode.pin(args)
+    mode.pin(kwargs)
+
+
+def _past_its_own_check(func: types.FunctionType) -> Callable[..., Any]:
+    """The function without its question whether a mode is active, which it would ask forever."""
+    silent = {name: (lambda *_: False) for name in func.__globals__ if name.startswith("has_torch_function")}
+    inner = types.FunctionType(func.__code__, {**func.__globals__, **silent}, func.__name__, func.__defaults__)
+    inner.__kwdefaults__ = func.__kwdefaults__
+    return inner
+
+
+_DIMENSION_NUMBERS = (
+    "transpose permute softmax log_softmax unsqueeze squeeze flatten movedim swapaxes swapdims unbind cat stack "
+    "concat concatenate sum mean amax amin dim dropout linear t"
+)
+
+NOTES: dict[str, Note] = {
+    **dict.fromkeys(_DIMENSION_NUMBERS.split(), _ignore),
+    **dict.fromkeys(("view", "reshape", "expand", "new_zeros", "new_ones", "new_empty", "new_full"), _sized(1)),
+    **dict.fromkeys(("zeros", "ones", "empty", "full", "randn", "rand"), _sized(0)),
+    "broadcast_to": _sized(1),
+    "unflatten": _unflatten,
+    **dict.fromkeys(("split", "split_with_sizes", "tensor_split"), _split),
+    "narrow": _narrow,
+    "select": _select,
+    "chunk": _chunk,
+    "__getitem__": _getitem,
+    "__setitem__": _getitem,
+    "layer_norm": _normalized,
+    "rms_norm": _normalized,
+    "group_norm": _grouped(1, "num_groups"),
+    **{f"conv{n}d": _grouped(6, "groups") for n in (1, 2, 3)},
+    **{f"conv_transpose{n}d": _grouped(6, "groups") for n in (1, 2, 3)},
+    "repeat": _repeat,
+    "arange": _arange,
+}

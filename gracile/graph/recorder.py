@@ -1,0 +1,226 @@
+"""The dispatch mode under which a model is traced: every operator's tensors get axis expressions, by the rules."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gracile.graph.axes import Expr, freeze, fresh, resolve, size
+from gracile.graph.integers import Constraint
+
+logger = logging.getLogger(__name__)
+
+#: An axis of a parameter or buffer: its name and the axis.
+Axis = tuple[str, int]
+NOWHERE: frozenset[Axis] = frozenset()
+
+
+@dataclass
+class Value:
+    """What is known of a tensor.
+
+    dims: one expression per dimension.
+    sources: for each dimension, the parameter axes whose entries it holds; filled only while `is_weight`.
+    is_weight: made from parameters and constants alone, without data.
+    """
+
+    dims: list[Expr]
+    sources: list[frozenset[Axis]]
+    is_weight: bool = False
+
+
+@dataclass(frozen=True)
+class MacTerm:
+    """Multiply-accumulates of one operator: the product of the sizes of all factors in `volume`."""
+
+    layer: str
+    volume: Expr
+
+
+@dataclass(frozen=True)
+class Event:
+    """One operator run: its name, the innermost layer it ran in, and the tensor states that it read and made."""
+
+    op: str
+    layer: str | None
+    reads: tuple[tuple[int, int], ...]
+    makes: tuple[tuple[int, int], ...]
+
+
+@dataclass
+class Call:
+    """One operator run, as its rule sees it."""
+
+    name: str
+    arguments: dict[str, Any]
+    output: Any
+    recorder: Recorder
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    def get(self, name: str) -> Any:
+        return self.arguments.get(name)
+
+    def value(self, tensor: Tensor) -> Value:
+        return self.recorder.value(tensor)
+
+    def dims(self, tensor: Tensor) -> list[Expr]:
+        return self.recorder.value(tensor).dims
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every tensor among the arguments, in order."""
+        return list(tensors_in(list(self.arguments.values())))
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        return list(tensors_in(self.output))
+
+    def set(
+        self,
+        output: Tensor,
+        dims: Sequence[Expr],
+        sources: Sequence[frozenset[Axis]] | None = None,
+        is_weight: bool = False,
+    ) -> None:
+        """Give the output its dimensions; without `sources` it holds no parameter's entries."""
+        known = list(sources) if sources is not None and is_weight else [NOWHERE] * len(dims)
+        self.recorder.store(output, Value(list(dims), known, is_weight))
+
+    def freeze_all(self, reason: str) -> None:
+        """Freeze every dimension of every tensor involved."""
+        for tensor in self.tensors:
+            for dim in self.dims(tensor):
+                freeze(dim, reason)
+        for output in self.outputs:
+            self.set(output, [fresh(n, reason) for n in output.shape])
+
+
+class Recorder(TorchDispatchMode):
+    """Runs every operator and then its rule, which ties the axes of what went in and came out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._values: dict[int, tuple[Tensor, Value]] = {}
+        self._versions: dict[int, int] = {}
+        self.axes: dict[str, list[Expr]] = {}
+        self.ids: dict[str, int] = {}
+        self.call_order: list[str] = []
+        self.constraints: list[Constraint] = []
+        self.mac_terms: list[MacTerm] = []
+        self.events: list[Event] = []
+        self.consumers: set[Axis] = set()
+        self.producers: set[Axis] = set()
+        self.layers: list[str] = []
+        self.unknown: dict[str, int] = {}
+        named = [*model.named_parameters(), *model.named_buffers()]
+        for name, tensor in named:
+            dims = [fresh(n) for n in tensor.shape]
+            self.axes[name] = dims
+            self.ids[name] = id(tensor)
+            sources = [frozenset({(name, axis)}) for axis in range(tensor.ndim)]
+            self.store(tensor, Value(list(dims), sources, True))
+
+    def value(self, tensor: Tensor, reason: str = "it comes from a tensor that is no parameter or buffer") -> Value:
+        """What is known of the tensor; one never seen before is frozen, for the reason given."""
+        entry = self._values.get(id(tensor))
+        if entry is None:
+            self.store(tensor, Value([fresh(n, reason) for n in tensor.shape], [NOWHERE] * tensor.ndim))
+            entry = self._values[id(tensor)]
+        entry[1].dims = [resolve(dim) for dim in entry[1].dims]
+        return entry[1]
+
+    def store(self, tensor: Tensor, value: Value) -> None:
+        self._values[id(tensor)] = (tensor, value)
+
+    def state(self, tensor: Tensor) -> tuple[int, int]:
+        """Identity of the tensor's present content."""
+        return id(tensor), self._versions.get(id(tensor), 0)
+
+    def freeze_tensors(self, tree: Any, reason: str) -> None:
+        """Freeze all dimensions of the tensors in a nested structure."""
+        for tensor in tensors_in(tree):
+            for dim in self.value(tensor, reason).dims:
+                freeze(dim, reason)
+
+    def contract(self, value: Value, dim: int) -> None:
+        """Note that a weight's dimension is summed over against another tensor: it consumes what it is tied to."""
+        self.consumers |= value.sources[dim]
+
+    def produce(self, value: Value, dim: int) -> None:
+        """Note that a weight's dimension becomes a layer's output dimension."""
+        self.producers |= value.sources[dim]
+
+    def count(self, *dims: Expr) -> None:
+        """Count multiply-accumulates for the layer that is running."""
+        self.mac_terms.append(MacTerm(self.layers[-1] if self.layers else "", tuple(f for dim in dims for f in dim)))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        name = func._schema.name.partition("::")[2]
+        mutable = func._schema.is_mutable
+        if mutable and not name.startswith("_"):
+            name = name.rstrip("_")
+        call = Call(name, _bind(func, args, kwargs), output, self)
+        reads = tuple(self.state(tensor) for tensor in call.tensors)
+        self._run_rule(call, func)
+        if mutable:
+            for out in call.outputs:
+                self._versions[id(out)] = self._versions.get(id(out), 0) + 1
+        makes = tuple(self.state(tensor) for tensor in call.outputs)
+        self.events.append(Event(name, self.layers[-1] if self.layers else None, reads, makes))
+        return output
+
+    def _run_rule(self, call: Call, func: Any) -> None:
+        from gracile.graph.rules import rule_for
+
+        rule = rule_for(call.name, func)
+        if rule is None:
+            self.unknown[call.name] = self.unknown.get(call.name, 0) + 1
+            call.freeze_all(f"the operator '{call.name}' has no rule")
+            return
+        try:
+            rule(call)
+        except Exception as error:  # a form of the operator that its rule did not foresee must not stop the trace
+            logger.debug("rule of %s failed: %r", call.name, error)
+            call.freeze_all(f"the operator '{call.name}' is used in a form that has no rule")
+            return
+        for output in call.outputs:
+            entry = self._values.get(id(output))
+            sizes = [size(dim) for dim in entry[1].dims] if entry else None
+            if sizes != list(output.shape):
+                logger.debug("rule of %s gave sizes %s for %s", call.name, sizes, tuple(output.shape))
+                call.freeze_all(f"the operator '{call.name}' is used in a form that has no rule")
+                return
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """The tensors of nested tuples, lists and mappings."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, dict):
+        yield from tensors_in(list(tree.values()))
+    elif isinstance(tree, Iterable) and isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from tensors_in(item)
+
+
+def _bind(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name, with the schema's defaults."""
+    bound: dict[str, Any] = {}
+    for index, argument in enumerate(func._schema.arguments):
+        if index < len(args):
+            bound[argument.name] = args[index]
+        elif argument.name in kwargs:
+            bound[argument.name] = kwargs[argument.name]
+        elif argument.has_default_value():
+            bound[argument.name] = argument.default_value
+    return bound

@@ -1,0 +1,114 @@
+"""Matrix products: the summed dimension of a weight consumes what it is tied to, the other one produces."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from gracile.graph.axes import Expr, mark_inexact, mark_kind
+from gracile.graph.recorder import Call, Value
+from gracile.graph.rules.base import Rule, broadcast, free, meet
+
+BETWEEN_ACTIVATIONS = "it is summed over between two activations"
+
+
+def contract(call: Call, a: Value, a_dim: int, b: Value, b_dim: int) -> Expr:
+    """Tie the two dimensions that are multiplied and summed over."""
+    dim = meet(a.dims[a_dim], b.dims[b_dim])
+    call.recorder.contract(a, a_dim)
+    call.recorder.contract(b, b_dim)
+    if not a.is_weight and not b.is_weight and free(dim):
+        mark_inexact(dim, BETWEEN_ACTIVATIONS)
+    return dim
+
+
+def mm(call: Call) -> None:
+    """[m, k] · [k, n]."""
+    _product(call, call["self"], call["mat2"])
+
+
+def addmm(call: Call) -> None:
+    """bias + [m, k] · [k, n]."""
+    _product(call, call["mat1"], call["mat2"], call["self"])
+
+
+def _product(call: Call, left: Tensor, right: Tensor, bias: Tensor | None = None) -> None:
+    a, b = call.value(left), call.value(right)
+    summed = contract(call, a, 1, b, 0)
+    call.recorder.produce(a, 0)
+    call.recorder.produce(b, 1)
+    rows, columns = a.dims[0], b.dims[1]
+    call.recorder.count(rows, summed, columns)
+    is_weight = a.is_weight and b.is_weight
+    result = Value([rows, columns], [a.sources[0], b.sources[1]], is_weight)
+    if bias is not None:
+        broadcast([result, call.value(bias)], call.output.shape)
+    call.set(call.output, result.dims, result.sources, is_weight)
+
+
+def bmm(call: Call) -> None:
+    """[b, m, k] · [b, k, n]: over a batch of matrices, as attention does over examples and heads."""
+    _batched(call, call["self"], call["mat2"])
+
+
+def baddbmm(call: Call) -> None:
+    """input + [b, m, k] · [b, k, n]."""
+    _batched(call, call["batch1"], call["batch2"], call["self"])
+
+
+def _batched(call: Call, left: Tensor, right: Tensor, bias: Tensor | None = None) -> None:
+    a, b = call.value(left), call.value(right)
+    batch = meet(a.dims[0], b.dims[0])
+    summed = contract(call, a, 2, b, 1)
+    if a.is_weight or b.is_weight:
+        call.recorder.produce(a, 1)
+        call.recorder.produce(b, 2)
+    else:
+        mark_kind(batch, "heads")
+        mark_kind(summed, "head_dim")
+        mark_kind(b.dims[2], "head_dim")
+    call.recorder.count(batch, a.dims[1], summed, b.dims[2])
+    is_weight = a.is_weight and b.is_weight
+    result = Value([batch, a.dims[1], b.dims[2]], [a.sources[0], a.sources[1], b.sources[2]], is_weight)
+    if bias is not None:
+        broadcast([result, call.value(bias)], call.output.shape)
+    call.set(call.output, result.dims, result.sources, is_weight)
+
+
+def mv(call: Call) -> None:
+    """[m, k] · [k]."""
+    a, b = call.value(call["self"]), call.value(call["vec"])
+    summed = contract(call, a, 1, b, 0)
+    call.recorder.produce(a, 0)
+    call.recorder.count(a.dims[0], summed)
+    call.set(call.output, [a.dims[0]], [a.sources[0]], a.is_weight and b.is_weight)
+
+
+def dot(call: Call) -> None:
+    """Σ a·b."""
+    a, b = call.value(call["self"]), call.value(call["tensor"])
+    call.recorder.count(contract(call, a, 0, b, 0))
+    call.set(call.output, [])
+
+
+def linear(call: Call) -> None:
+    """x · Wᵀ + b, where a backend keeps it whole."""
+    x, weight = call.value(call["input"]), call.value(call["weight"])
+    summed = contract(call, x, len(x.dims) - 1, weight, 1)
+    call.recorder.produce(weight, 0)
+    out = weight.dims[0]
+    if call.get("bias") is not None:
+        out = meet(out, call.dims(call["bias"])[0])
+    call.recorder.count(*x.dims[:-1], summed, out)
+    call.set(call.output, [*x.dims[:-1], out])
+
+
+RULES: dict[str, Rule] = {
+    "mm": mm,
+    "addmm": addmm,
+    "_addmm_activation": addmm,
+    "bmm": bmm,
+    "baddbmm": baddbmm,
+    "mv": mv,
+    "dot": dot,
+    "linear": linear,
+}

@@ -1,0 +1,96 @@
+"""Look-ups by index: what is looked up in keeps all its entries, the rest passes."""
+
+from __future__ import annotations
+
+import torch
+
+from gracile.graph.axes import Expr, freeze, fresh
+from gracile.graph.recorder import NOWHERE, Call, Value
+from gracile.graph.rules.base import Rule, broadcast, follow, wrap
+
+VOCABULARY = "it is the vocabulary of an embedding"
+INDEXED = "its entries are picked by index"
+
+
+def embedding(call: Call) -> None:
+    """weight[indices]."""
+    weight = call.value(call["weight"])
+    freeze(weight.dims[0], VOCABULARY)
+    call.recorder.produce(weight, 1)
+    call.set(call.output, [*call.dims(call["indices"]), weight.dims[1]])
+
+
+def embedding_bag(call: Call) -> None:
+    """Sums or means of rows of the weight."""
+    weight = call.value(call["weight"])
+    freeze(weight.dims[0], VOCABULARY)
+    call.recorder.produce(weight, 1)
+    first, *rest = call.outputs
+    call.set(first, [fresh(first.shape[0], INDEXED), weight.dims[1]])
+    for output in rest:
+        call.set(output, [fresh(n, INDEXED) for n in output.shape])
+
+
+def index_select(call: Call) -> None:
+    tensor = call["self"]
+    dim = wrap(call["dim"], tensor.ndim)
+    value = call.value(tensor)
+    freeze(value.dims[dim], INDEXED)
+    dims = list(value.dims)
+    dims[dim] = fresh(call.output.shape[dim], INDEXED)
+    call.set(call.output, dims, value.sources, value.is_weight)
+
+
+def index(call: Call) -> None:
+    """x[i, j, …] with tensors of indices: indexed dimensions give way to those of the index tensors."""
+    tensor, indices = call["self"], list(call["indices"])
+    value = call.value(tensor)
+    indices += [None] * (tensor.ndim - len(indices))
+    if any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices):
+        call.freeze_all("a mask picks entries of it")
+        return
+    where = [d for d, i in enumerate(indices) if i is not None]
+    picked = [call.value(i) for i in indices if i is not None]
+    rank = max(len(v.dims) for v in picked)
+    for d in where:
+        freeze(value.dims[d], INDEXED)
+    adjacent = where == list(range(where[0], where[-1] + 1))
+    at = where[0] if adjacent else 0
+    shape = call.output.shape[at : at + rank]
+    looked_up, _, _ = broadcast([Value(v.dims, [NOWHERE] * len(v.dims)) for v in picked], shape)
+    rest = [d for d in range(tensor.ndim) if d not in where]
+    dims: list[Expr] = [value.dims[d] for d in rest]
+    sources = [value.sources[d] for d in rest]
+    is_weight = value.is_weight and all(v.is_weight for v in picked)
+    call.set(call.output, [*dims[:at], *looked_up, *dims[at:]], [*sources[:at], *[NOWHERE] * rank, *sources[at:]],
+             is_weight)
+
+
+def gather(call: Call) -> None:
+    """Entries picked along one dimension, for every position of the others, which are not followed."""
+    for tensor in call.tensors:
+        for dim in call.dims(tensor):
+            freeze(dim, INDEXED)
+    call.set(call.output, [fresh(n, INDEXED) for n in call.output.shape])
+
+
+def write(call: Call) -> None:
+    """`scatter` and its like write at positions given as data."""
+    for tensor in call.tensors:
+        for dim in call.dims(tensor):
+            freeze(dim, "values are written into it by index")
+    follow(call, call.output, call["self"])
+
+
+RULES: dict[str, Rule] = {
+    "embedding": embedding,
+    "embedding_renorm": gather,
+    "_embedding_bag": embedding_bag,
+    "_embedding_bag_forward_only": embedding_bag,
+    "index_select": index_select,
+    "index": index,
+    "_unsafe_index": index,
+    "gather": gather,
+    **dict.fromkeys(("scatter", "scatter_add", "scatter_reduce", "index_put", "_index_put_impl", "index_add",
+                     "index_copy", "masked_scatter", "index_fill"), write),
+}

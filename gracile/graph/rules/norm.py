@@ -1,0 +1,83 @@
+"""Normalization: over the batch it is exact under a cut; over the cut axis itself it is not, and says so."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from gracile.graph.axes import COUNTS_GROUPS, Expr, freeze, fresh, mark_inexact, split_expr, unify
+from gracile.graph.recorder import Call
+from gracile.graph.rules.base import Rule
+
+
+def batch_norm(call: Call) -> None:
+    """Each channel by its own statistics."""
+    x = call["input"]
+    dims = list(call.dims(x))
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if isinstance(tensor := call.get(name), Tensor):
+            unify(dims[1], call.dims(tensor)[0])
+    _with_statistics(call, dims)
+
+
+def layer_norm(call: Call) -> None:
+    """Over the trailing dimensions of `normalized_shape`."""
+    x = call["input"]
+    dims = list(call.dims(x))
+    count = len(call["normalized_shape"])
+    for name in ("weight", "bias"):
+        if isinstance(tensor := call.get(name), Tensor):
+            for dim, own in zip(dims[-count:], call.dims(tensor)):
+                unify(dim, own)
+    for dim in dims[-count:]:
+        mark_inexact(dim, "a layer norm is taken over it")
+    _with_statistics(call, dims)
+
+
+def group_norm(call: Call) -> None:
+    """Channels are (groups, channels of a group); statistics are over a group."""
+    dims = list(call.dims(call["input"]))
+    groups = call["group"]
+    halves = split_expr(dims[1], groups)
+    if halves is None:
+        raise ValueError("the groups of a normalization cut across the structure of its channels")
+    if halves[1]:
+        freeze(halves[0], COUNTS_GROUPS)
+        mark_inexact(halves[1], "a group norm is taken over it")
+    for name in ("weight", "bias"):
+        if isinstance(tensor := call.get(name), Tensor):
+            unify(dims[1], call.dims(tensor)[0])
+    _with_statistics(call, dims)
+
+
+def _with_statistics(call: Call, dims: list[Expr]) -> None:
+    """The first output is shaped as the input; the rest are statistics that only a backward pass reads."""
+    first, *rest = call.outputs
+    call.set(first, dims)
+    for output in rest:
+        call.set(output, [fresh(n, "it is a statistic of a normalization") for n in output.shape])
+
+
+def weight_norm(call: Call) -> None:
+    """g · v / ‖v‖ over all dimensions but one."""
+    value = call.value(call["v"])
+    gain = call.value(call["g"])
+    for dim, own in zip(value.dims, gain.dims):
+        if own:
+            unify(dim, own)
+    output, *rest = call.outputs
+    sources = [a | b for a, b in zip(value.sources, gain.sources)]
+    call.set(output, value.dims, sources, value.is_weight)
+    for other in rest:
+        call.set(other, [fresh(n, "it is a norm of a weight") for n in other.shape])
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(
+        ("native_batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit", "cudnn_batch_norm",
+         "batch_norm", "_batch_norm_no_update", "_batch_norm_with_update", "miopen_batch_norm"),
+        batch_norm,
+    ),
+    **dict.fromkeys(("native_layer_norm", "_fused_rms_norm", "rms_norm"), layer_norm),
+    "native_group_norm": group_norm,
+    "_weight_norm_interface": weight_norm,
+}
