@@ -14,7 +14,7 @@ from gracile.context import Context
 from gracile.criteria import Magnitude
 from gracile.data import Batch
 from gracile.errors import ConfigError, NothingChangedError
-from gracile.graph import Group, Trace, check_cut, plan_resize, trace
+from gracile.graph import CutCheck, Group, Trace, check_cut, plan_resize, trace
 from gracile.patterns import reduce_scores, unit_norms
 from gracile.recipe import Recorder
 from gracile.report.model import LayerRow
@@ -167,40 +167,44 @@ def _cut_checked(
     model: nn.Module, reference: nn.Module, traced: Trace, keep: Keep, run: Any, recorder: Recorder
 ) -> tuple[Keep, Resize]:
     """Cut, run, and compare with the zeroed original; groups that do not pass alone are left whole."""
-    edit = plan_resize(traced, keep)
-    trial = copy.deepcopy(reference)
-    apply(trial, [edit])
-    check = check_cut(reference, trial, traced, keep, run)
-    if not check.ran or (check.exact and check.reason is not None):
+    check = _try_cut(reference, traced, keep, run)
+    if not _passes(check, traced, keep):
         passed = {}
         for name, kept in keep.items():
-            one = copy.deepcopy(reference)
-            apply(one, [plan_resize(traced, {name: kept})])
-            alone = check_cut(reference, one, traced, {name: kept}, run)
-            if alone.ran and not (alone.exact and alone.reason is not None):
+            alone = _try_cut(reference, traced, {name: kept}, run)
+            if _passes(alone, traced, {name: kept}):
                 passed[name] = kept
             else:
-                recorder.skip(name, traced.group(name).kind, alone.reason or "the model does not run after this cut")
-        if not passed:
+                recorder.skip(name, traced.group(name).kind, alone.reason or "the cut cannot be verified")
+        keep = passed
+        check = _try_cut(reference, traced, keep, run) if keep else check
+        if not keep or not _passes(check, traced, keep):
             raise NothingChangedError(
-                f"Prune: no group can be cut so that the model still runs: {check.reason or 'it failed'}.\n"
-                f"  `gracile inspect` shows the groups; exclude them or use another pattern."
+                f"Prune: these groups cannot be cut so that the model still works: {check.reason}.\n"
+                f"  `gracile inspect` shows the groups; exclude some, or use another pattern."
             )
-        keep, edit = passed, plan_resize(traced, passed)
-        trial = copy.deepcopy(reference)
-        apply(trial, [edit])
-        check = check_cut(reference, trial, traced, keep, run)
-        if not check.ran:
-            raise NothingChangedError(f"Prune: the model does not run after the cut: {check.reason}.")
+    edit = plan_resize(traced, keep)
     apply(model, [edit])
     if check.max_error is not None:
         recorder.numbers["cut_error"] = check.max_error
     recorder.notes.append(
         "The cut model equals the original with the same units zeroed (float64)."
         if check.exact
-        else f"The cut model runs; it is not comparable with the zeroed original: {check.reason}."
+        else f"The cut model is not the zeroed original exactly, as expected: {check.reason}."
     )
     return keep, edit
+
+
+def _try_cut(reference: nn.Module, traced: Trace, keep: Keep, run: Any) -> CutCheck:
+    trial = copy.deepcopy(reference)
+    apply(trial, [plan_resize(traced, keep)])
+    return check_cut(reference, trial, traced, keep, run)
+
+
+def _passes(check: CutCheck, traced: Trace, keep: Keep) -> bool:
+    """Whether the cut model runs, and equals the zeroed original unless the algebra says that it need not."""
+    expected_exact = all(traced.group(name).exact is None for name in keep)
+    return check.ran and check.max_error is not None and (check.exact or not expected_exact)
 
 
 def _layers(group: Group, role: str) -> list[str]:
