@@ -44,7 +44,10 @@ def collect_activations(
             f"{memory_bytes / 2**20:.0f} MiB allowed.\n  Work on fewer layers at a time with only(...)."
         )
     accumulators = {name: _Accumulator(name, model.get_submodule(name), frozenset(needs)) for name in layers}
-    handles = [model.get_submodule(name).register_forward_hook(acc.hook) for name, acc in accumulators.items()]
+    handles = [
+        model.get_submodule(name).register_forward_hook(acc.hook, with_kwargs=True)
+        for name, acc in accumulators.items()
+    ]
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -77,12 +80,21 @@ def estimate_bytes(model: nn.Module, layers: Iterable[str], needs: Collection[st
         total += 8 * columns * groups * (("input_mean" in needs) + ("input_sq_mean" in needs))
         if "gram" in needs:
             total += groups * columns * columns * (8 if columns <= GRAM_IN_FLOAT64 else 4)
+        if "output_mean" in needs and isinstance(weight, Tensor):
+            total += 8 * _outputs(module, weight)
     return total
 
 
 def _columns(module: nn.Module, weight: Tensor) -> int:
     """In-features of one group of the unfolded weight."""
     return weight[0].numel() if weight.ndim > 1 else 1
+
+
+def _outputs(module: nn.Module, weight: Tensor) -> int:
+    """Channels of the output."""
+    if isinstance(module, nn.Embedding):
+        return weight.shape[1]
+    return int(module.out_channels) if isinstance(module, CONVOLUTIONS) else weight.shape[0]
 
 
 class _Accumulator:
@@ -96,8 +108,8 @@ class _Accumulator:
         self.output_count = 0
         self.histograms = {side: StreamingHistogram() for side in ("input", "output") if side in needs}
 
-    def hook(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        x = next((a for a in args if isinstance(a, Tensor)), None)
+    def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
         y = output if isinstance(output, Tensor) else None
         self.calls += 1
         if x is not None and x.is_floating_point():
@@ -137,7 +149,7 @@ class _Accumulator:
             self.sums[key] = value.clone()
 
     def freeze(self) -> LayerStats:
-        fields: dict[str, Any] = {side: h.freeze() for side, h in self.histograms.items() if h.count}
+        fields: dict[str, Any] = {side: h.freeze() for side, h in self.histograms.items() if h.minimum <= h.maximum}
         for key, total in self.sums.items():
             if key == "output_mean":
                 fields[key] = total / self.output_count
@@ -172,9 +184,10 @@ def unfold_input(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def output_rows(module: nn.Module, y: Tensor) -> Tensor:
-    """Outputs as [tokens or positions, channels]: the channel axis is 1 for convolutions and last otherwise."""
+    """Outputs as [tokens or positions, channels]: a convolution's channels precede its positions, others' are last."""
     if isinstance(module, CONVOLUTIONS):
-        return y.movedim(1, -1).reshape(-1, y.shape[1])
+        axis = y.ndim - len(module.kernel_size) - 1
+        return y.movedim(axis, -1).reshape(-1, y.shape[axis])
     return y.reshape(-1, y.shape[-1])
 
 
