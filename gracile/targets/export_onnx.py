@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-import os
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gracile.data import Batch, batch_size, inputs_of
-from gracile.errors import GracileError, MissingExtraError, ModelError, TargetError
-from gracile.nn import end_training
+from gracile.errors import MissingExtraError, TargetError
+from gracile.targets.files import write_whole
+from gracile.targets.tracing import (
+    bind,
+    dynamic_dimensions,
+    example_of_two,
+    output_names,
+    plain_copy,
+    quiet,
+    reason_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -46,151 +50,68 @@ def export_onnx(
             raise MissingExtraError(package, extra, "Exporting to ONNX") from error
     from gracile.targets.qdq import to_standard
 
-    plain = _plain_copy(model)
-    args, kwargs = _example_of_two(*inputs_of(plain, example, feed))
-    names = _output_names(plain, args, kwargs)
+    plain = plain_copy(model)
+    args, kwargs = example_of_two(*inputs_of(plain, example, feed))
+    names = output_names(plain, args, kwargs)
     program, batch = _trace(plain, args, kwargs)
-    graph = program.model.graph
-    if len(names) != len(graph.outputs):
-        names = [f"output_{i}" for i in range(len(graph.outputs))]
-    to_standard(program.model)
-    for value, name in zip(graph.outputs, names):
+    to_standard(program)
+    _strip(program)
+    for value, name in zip(program.graph.outputs, names):
         value.name = name
-    program.model.metadata_props[BATCH_KEY] = batch
-    return _write(program.model, Path(path))
-
-
-def _plain_copy(model: nn.Module) -> nn.Module:
-    """A float32 copy on the CPU in evaluation mode, its weights encoded, without caches between calls."""
-    plain = copy.deepcopy(model).cpu().float().eval()
-    end_training(plain)
-    for parameter in plain.parameters():
-        parameter.requires_grad_(False)
-    config = getattr(plain, "config", None)
-    if getattr(config, "use_cache", False):
-        config.use_cache = False  # type: ignore[union-attr]
-    return plain
-
-
-def _example_of_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The inputs with a batch of one doubled: tracing takes a dimension of size 1 for a constant."""
-    if batch_size([args, kwargs]) != 1:
-        return args, kwargs
-
-    def double(leaf: Any) -> Any:
-        return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == 1 else leaf
-
-    return torch.utils._pytree.tree_map(double, (args, kwargs))
-
-
-def _output_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-    """Names of the tensors a call returns, in order; raises ModelError where the model does not run."""
-    try:
-        with torch.no_grad():
-            outputs = model(*args, **kwargs)
-    except GracileError:
-        raise
-    except Exception as error:
-        raise ModelError(f"{type(model).__name__} does not run on the example: {error}") from error
-    if isinstance(outputs, Tensor):
-        return ["output"]
-    items = outputs.items() if isinstance(outputs, Mapping) else enumerate(torch.utils._pytree.tree_leaves(outputs))
-    names: list[str] = []
-    for key, value in items:
-        leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-        name = key if isinstance(key, str) else f"output_{key}"
-        names += [name] if len(leaves) == 1 else [f"{name}_{i}" for i in range(len(leaves))]
-    return names
+    program.metadata_props[BATCH_KEY] = batch
+    return _write(program, Path(path))
 
 
 def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, str]:
-    """The exporter's program, and which batch sizes it takes."""
+    """The exporter's model (`onnx_ir.Model`), and which batch sizes it takes."""
     from gracile.targets.translate import translations
 
     size = batch_size([args, kwargs])
     failure: Exception | None = None
     for dynamic in (True, False):
+        shapes = dynamic_dimensions(bind(model, args, kwargs), size) if dynamic else None
         try:
-            with _quiet(), torch.no_grad():
-                program = torch.onnx.export(
+            with quiet(), torch.no_grad():
+                program: Any = torch.onnx.export(
                     model,
                     args,
                     kwargs=kwargs,
                     dynamo=True,
-                    dynamic_shapes=_dynamic(model, args, kwargs, size) if dynamic else None,
+                    dynamic_shapes=shapes,
                     opset_version=OPSET,
                     custom_translation_table=translations(),
                     verbose=False,
                 )
-        except Exception as error:
+        except Exception as error:  # the exporter raises whatever its many parts raise
             failure = failure or error
             continue
-        assert program is not None
         if dynamic and not isinstance(program.model.graph.inputs[0].shape[0], int):
-            return program, "dynamic"
+            return program.model, "dynamic"
         logger.warning("%s exports only for batches of %d: its code fixes the size.", type(model).__name__, size)
-        return program, str(size)
-    reason = str(failure.__cause__ or failure).strip().splitlines()
+        return program.model, str(size)
     raise TargetError(
-        f"{type(model).__name__} cannot be exported to ONNX: {reason[0] if reason else type(failure).__name__}\n"
+        f"{type(model).__name__} cannot be exported to ONNX: {reason_of(failure)}\n"
         f"  PyTorch's exporter traces the forward; rewrite the part it names, or use the PyTorch target."
     ) from failure
 
 
-def _dynamic(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> dict[str, Any]:
-    """Which dimensions may vary, by parameter of `forward`."""
-    import inspect
-
-    auto = torch.export.Dim.AUTO
-
-    def of(leaf: Any) -> dict[int, Any] | None:
-        if not isinstance(leaf, Tensor):
-            return None
-        varies = {0: auto} if leaf.ndim and leaf.shape[0] == size else {}
-        if leaf.ndim == 2 and not leaf.is_floating_point() and leaf.shape[1] > 1:
-            varies[1] = auto
-        return varies
-
-    bound = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-    return {name: torch.utils._pytree.tree_map(of, value) for name, value in bound.items()}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's warnings, which speak of its internals; levels and filters are restored after."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    loggers += [
-        found
-        for name, found in logging.root.manager.loggerDict.items()
-        if isinstance(found, logging.Logger) and name.startswith(("torch.onnx", "onnxscript", "onnx_ir"))
-    ]
-    levels = [found.level for found in loggers]
-    try:
-        for found in loggers:
-            found.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for found, level in zip(loggers, levels):
-            found.setLevel(level)
+def _strip(model: Any) -> None:
+    """Drop what only a debugger reads, and tensors that rewriting left without a reader."""
+    graph = model.graph
+    for node in graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for name, value in list(graph.initializers.items()):
+        value.metadata_props.clear()
+        if not value.uses() and value not in graph.outputs:
+            del graph.initializers[name]
 
 
 def _write(model: Any, path: Path) -> Path:
-    """Write to a temporary file beside the final one, then rename: what stands under the name is always whole."""
     import onnx_ir as ir
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-    external = f"{path.name}.data" if weights > SINGLE_FILE_LIMIT else None
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    try:
-        ir.save(model, temporary, external_data=external)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise TargetError(f"{path} cannot be written: {error}.\n  Free some space or choose another path.") from error
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-    return path
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    external = f"{path.name}.data" if size > SINGLE_FILE_LIMIT else None
+    return write_whole(path, lambda temporary: ir.save(model, temporary, external_data=external))

@@ -1,4 +1,4 @@
-"""Batches of torch tensors into the named NumPy inputs of a runtime, and its outputs back."""
+"""Batches as the named inputs of a runtime, and its outputs as torch tensors."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from gracile.errors import DataError
 from gracile.targets.base import Outputs
 
 
-def feeds_of(batch: Batch, names: Sequence[str], dtypes: Sequence[np.dtype[Any]]) -> dict[str, NDArray[Any]]:
-    """The batch's tensors by input name, in the input's type.
+def named_inputs(batch: Batch, names: Sequence[str]) -> dict[str, Any]:
+    """The batch's items by input name, in the order of the names.
 
     A tensor is the one input; of a tuple or list the first as many items as there are names; of a dict the items named.
     Raises DataError where one is missing.
@@ -28,18 +28,26 @@ def feeds_of(batch: Batch, names: Sequence[str], dtypes: Sequence[np.dtype[Any]]
                 f"The exported model has the inputs {', '.join(names)}; the batch has no {', '.join(missing)}.\n"
                 f"  It has: {', '.join(map(str, batch))}. Export again with an example that has the same keys."
             )
-        values = [batch[name] for name in names]
-    else:
-        values = list(batch) if isinstance(batch, (tuple, list)) else [batch]
-        if len(values) < len(names):
-            raise DataError(f"The exported model has the inputs {', '.join(names)}; the batch has {len(values)}.")
-    return {name: _array(value, dtype) for name, value, dtype in zip(names, values, dtypes)}
+        return {name: batch[name] for name in names}
+    values = list(batch) if isinstance(batch, (tuple, list)) else [batch]
+    if len(values) < len(names):
+        raise DataError(f"The exported model has the inputs {', '.join(names)}; the batch has {len(values)}.")
+    return dict(zip(names, values))
+
+
+def feeds_of(batch: Batch, names: Sequence[str], dtypes: Sequence[np.dtype[Any]]) -> dict[str, NDArray[Any]]:
+    """The inputs of a batch (see `named_inputs`) as contiguous arrays of the types given."""
+    return {name: _array(value, dtype) for (name, value), dtype in zip(named_inputs(batch, names).items(), dtypes)}
 
 
 def outputs_of(names: Sequence[str], arrays: Sequence[NDArray[Any]]) -> Any:
     """One output as a tensor, several as `Outputs`."""
-    tensors = [torch.from_numpy(array) for array in arrays]
-    return tensors[0] if len(tensors) == 1 else Outputs(zip(names, tensors))
+    return outputs_from(names, [torch.from_numpy(array) for array in arrays])
+
+
+def outputs_from(names: Sequence[str], tensors: Sequence[Tensor]) -> Any:
+    """One tensor as it is, several as `Outputs` by name."""
+    return tensors[0] if len(tensors) == 1 and names[0] == "output" else Outputs(zip(names, tensors))
 
 
 def _array(value: Any, dtype: np.dtype[Any]) -> NDArray[Any]:

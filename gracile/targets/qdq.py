@@ -62,7 +62,7 @@ class Rewriter:
         return value
 
     def insert(
-        self, before: ir.Node, op_type: str, inputs: list[ir.Value], name: str, like: ir.Value, **attributes: int
+        self, before: ir.Node, op_type: str, inputs: list[ir.Value], name: str, like: ir.Value, **attributes: int | str
     ) -> ir.Value:
         """A new node before another; its output has the shape and type of `like`."""
         import onnx_ir as ir

@@ -17,19 +17,34 @@ _MOVING = ("Slice", "Pad", "Transpose", "Reshape", "Flatten", "Squeeze", "Unsque
 
 
 def share_grids(rewriter: Rewriter) -> None:
-    """Let a sum or concatenation, which is itself quantized, read each operand from the grid it already has.
+    """Let sums and concatenations read their operands from the grids that these already have.
 
     An operand has a grid if it is dequantized, if it is quantized for another layer anyway, or if it was moved about
-    from such a tensor; no range is invented. Where one operand has none, nothing is changed.
+    from such a tensor; no range is invented. A sum that is itself quantized is changed where all operands have one.
+    Any other reads the quantized form of what an integer layer made, so that this layer need not write floats as well.
     """
     for node in rewriter.nodes("Add", "Concat"):
-        if any(array_of(value) is not None for value in node.inputs) or not _is_quantized(node.outputs[0]):
-            continue
         operands = [value for value in node.inputs if value is not None]
-        if not all(_grid(value) for value in operands):
+        if any(array_of(value) is not None for value in operands):
             continue
+        if _is_quantized(node.outputs[0]):
+            shared = operands if all(_grid(value) for value in operands) else []
+        else:
+            shared = [value for value in operands if _twin(value) is not None and _made_by_integers(value)]
         for index, value in enumerate(operands):
-            node.replace_input_with(index, _on_grid(rewriter, node, value))
+            if any(value is other for other in shared):
+                node.replace_input_with(index, _on_grid(rewriter, node, value))
+
+
+def _made_by_integers(value: ir.Value) -> bool:
+    """Whether a runtime computes a value in integers: a layer or sum of quantized operands, perhaps behind a Relu."""
+    node = value.producer()
+    if node is None:
+        return False
+    if node.op_type == "Relu":
+        return _made_by_integers(node.inputs[0])  # type: ignore[arg-type]
+    layer = node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Concat")
+    return layer and all(dequantize_of(operand) is not None for operand in node.inputs)
 
 
 def _is_quantized(value: ir.Value) -> bool:

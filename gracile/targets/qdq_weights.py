@@ -6,11 +6,13 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from gracile.formats import Int, PerChannel, PerGroup
 from gracile.nn.ops import format_from_json
 from gracile.targets.qdq import Rewriter, array_of, tensor_of
+from gracile.targets.qdq_gather import write_lookups
 from gracile.targets.translate import DOMAIN
 
 if TYPE_CHECKING:
@@ -28,26 +30,34 @@ def write_weights(rewriter: Rewriter) -> None:
         names = node.attributes["names"].as_string().split(",")
         shape = tuple(node.attributes["shape"].as_ints())
         tensors = {name: tensor_of(value) for name, value in zip(names, node.inputs) if value is not None}
-        tensors["shape"] = np.array(shape)  # type: ignore[assignment]
-        out = node.outputs[0]
+        tensors["shape"] = torch.tensor(shape, dtype=torch.int64)
         stem = (node.inputs[0].name or "weight").removesuffix("_codes")  # type: ignore[union-attr]
+        out = node.outputs[0]
         if not isinstance(fmt, Int):
-            import torch
-
-            tensors["shape"] = torch.tensor(shape)
-            new = rewriter.constant(stem, fmt.decode(tensors).numpy())
+            rewriter.replace(out, rewriter.constant(stem, fmt.decode(tensors).numpy()))
+            continue
+        write_lookups(rewriter, out, fmt, tensors, stem)
+        if out.uses() or out.is_graph_output():
+            _write_integers(rewriter, node, fmt, tensors, stem)
         else:
-            codes = fmt.unpack(tensors["codes"], shape).numpy()
-            zero = tensors.get("zero_point")
-            encoded = _Encoded(fmt, codes, tensors["scale"].numpy(), None if zero is None else zero.numpy())
-            if isinstance(fmt.granularity, PerGroup):
-                _gemm_to_matmul(rewriter, out)
-            if _only_transposed(out):
-                encoded, out = encoded.transposed(), _skip_transpose(rewriter, out)
-            new = _dequantize(rewriter, node, encoded, stem, out)
-        rewriter.replace(out, new)
-        if out is not node.outputs[0]:
             rewriter.graph.remove(node, safe=True)
+
+
+def _write_integers(rewriter: Rewriter, node: ir.Node, fmt: Int, tensors: dict[str, torch.Tensor], stem: str) -> None:
+    out, shape = node.outputs[0], tuple(int(n) for n in tensors["shape"])
+    codes = fmt.unpack(tensors["codes"], shape).numpy()
+    zero = tensors.get("zero_point")
+    encoded = _Encoded(fmt, codes, tensors["scale"].numpy(), None if zero is None else zero.numpy())
+    if not _reads_integers(out):
+        _gemm_to_matmul(rewriter, out)
+    elif isinstance(fmt.granularity, PerGroup):
+        rewriter.replace(out, _multiplied_groups(rewriter, node, fmt, tensors, stem))
+        return
+    if _only_transposed(out):
+        encoded, out = encoded.transposed(), _skip_transpose(rewriter, out)
+    rewriter.replace(out, _dequantize(rewriter, node, encoded, stem, out))
+    if out is not node.outputs[0]:
+        rewriter.graph.remove(node, safe=True)
 
 
 class _Encoded:
@@ -79,10 +89,10 @@ def _dequantize(rewriter: Rewriter, node: ir.Node, encoded: _Encoded, stem: str,
     import onnx_ir as ir
 
     fmt, codes = encoded.fmt, encoded.codes
+    grouped = isinstance(fmt.granularity, PerGroup)
     narrow = fmt.bits <= 4 and not _reads_integers(out)
     kind = ("INT4" if narrow else "INT8") if fmt.symmetric else ("UINT4" if narrow else "UINT8")
     dtype = getattr(ir.DataType, kind)
-    grouped = isinstance(fmt.granularity, PerGroup)
     shape = codes.shape
     if grouped and codes.ndim != 2:
         codes = codes.reshape(shape[0], math.prod(shape[1:]))
@@ -97,14 +107,40 @@ def _dequantize(rewriter: Rewriter, node: ir.Node, encoded: _Encoded, stem: str,
         integers(f"{stem}_codes", codes),
         rewriter.constant(f"{stem}_scale", np.ascontiguousarray(encoded.scale.astype(np.float32))),
     ]
-    if encoded.zero_point is not None:
-        inputs.append(integers(f"{stem}_zero_point", encoded.zero_point))
+    if encoded.zero_point is not None or not narrow:  # ONNX Runtime's QGemm is fused only where it is spelled out
+        zero_point = np.zeros(encoded.scale.shape) if encoded.zero_point is None else encoded.zero_point
+        inputs.append(integers(f"{stem}_zero_point", zero_point))
     new = rewriter.insert(node, "DequantizeLinear", inputs, stem, out, **encoded.attributes)
     if codes.ndim == len(shape):
         return new
     new.shape = ir.Shape(codes.shape)
     target = rewriter.constant(f"{stem}_shape", np.array(shape, np.int64))
     return rewriter.insert(node, "Reshape", [new, target], f"{stem}_reshaped", out)
+
+
+def _multiplied_groups(
+    rewriter: Rewriter, node: ir.Node, fmt: Int, tensors: dict[str, torch.Tensor], stem: str
+) -> ir.Value:
+    """Grouped scales beside quantized inputs, as (codes − zero point) · scale: no kernel adds up groups in integers.
+
+    ONNX Runtime 1.32 fuses a block-wise DequantizeLinear there into MatMulIntegerToFloat, which fails on its shape.
+    """
+    shape, out = tuple(int(n) for n in tensors["shape"]), node.outputs[0]
+    scale = tensors["scale"].float().unsqueeze(-1)
+    codes = fmt.unpack(tensors["codes"], shape).reshape(*scale.shape[:2], -1)
+    value = rewriter.constant(f"{stem}_codes", codes.numpy())
+    steps = [("Cast", None, {"to": 1}), ("Sub", tensors.get("zero_point"), {}), ("Mul", scale, {})]
+    for op_type, operand, attributes in steps:
+        if op_type == "Sub" and operand is None:
+            continue
+        inputs = [value]
+        if operand is not None:
+            array = operand.float().reshape(scale.shape).numpy()
+            inputs.append(rewriter.constant(f"{stem}_{op_type}", array))
+        value = rewriter.insert(node, op_type, inputs, f"{stem}_{op_type}", out, **attributes)
+        value.shape = None
+    target = rewriter.constant(f"{stem}_shape", np.array(shape, np.int64))
+    return rewriter.insert(node, "Reshape", [value, target], stem, out)
 
 
 def write_biases(rewriter: Rewriter) -> None:
@@ -128,6 +164,7 @@ def write_biases(rewriter: Rewriter) -> None:
         grid = [
             rewriter.constant(f"{stem}_codes", codes.astype(np.int32)),
             rewriter.constant(f"{stem}_scale", scale),
+            rewriter.constant(f"{stem}_zero_point", np.zeros(scale.shape, np.int32)),
         ]
         axis = {"axis": 0} if scale.ndim else {}
         new = rewriter.insert(node, "DequantizeLinear", grid, stem, inputs[2], **axis)  # type: ignore[arg-type]
@@ -142,10 +179,12 @@ def dequantize_of(value: ir.Value | None) -> ir.Node | None:
 
 def _reads_integers(weight: ir.Value) -> bool:
     """Whether the layer that uses a weight has a quantized input, and so computes in 8-bit integers."""
-    return any(
-        user.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul") and dequantize_of(user.inputs[0]) is not None
-        for user, _ in weight.uses()
-    )
+    for user, _ in weight.uses():
+        if user.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul") and dequantize_of(user.inputs[0]) is not None:
+            return True
+        if user.op_type == "Transpose" and _reads_integers(user.outputs[0]):
+            return True
+    return False
 
 
 def _only_transposed(value: ir.Value) -> bool:

@@ -1,0 +1,100 @@
+"""Export a model to a runtime, and prove there that it still computes the same, and how fast."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gracile.data import Batch, Data, batch_size, call_model
+from gracile.errors import ModelError, TargetError
+from gracile.evaluate.latency import Latency, measure_latency
+from gracile.evaluate.parity import Parity, measure_parity
+from gracile.targets.base import Target
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportEvidence:
+    """What an export was found to be.
+
+    path: the file. size_bytes: of it and the files beside it that hold its weights. parity: of the target's outputs on
+    the example with PyTorch's. latency: of the example batch, by name: "pytorch" and the target, interleaved; `ratio`
+    is how many times faster than PyTorch.
+    """
+
+    path: Path
+    target: str
+    size_bytes: int
+    parity: Parity
+    latency: dict[str, Latency]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "path": str(self.path),
+            "target": self.target,
+            "size_bytes": self.size_bytes,
+            "parity": self.parity.to_json(),
+            "latency": {name: latency.to_json() for name, latency in self.latency.items()},
+        }
+
+
+def export(
+    model: nn.Module,
+    target: Target,
+    path: str | Path,
+    example: Batch,
+    data: Data | None = None,
+    *,
+    seconds: float = 3.0,
+) -> ExportEvidence:
+    """Write the model for the target, load it back there, and compare it with PyTorch on the example batch.
+
+    example: a batch as the model is fed in use; its batch size is the one timed. data: for its `feed` only.
+    seconds: of timing. The model is not changed. Raises TargetError where the target is absent or cannot take the
+    model, ModelError where `model` is not one.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"export: expected a torch.nn.Module, got {type(model).__name__}.")
+    if not isinstance(target, Target):
+        raise TargetError(f"export: expected a target such as OnnxRuntime(), got {target!r}.")
+    reason = target.available()
+    if reason is not None:
+        raise TargetError(f"{type(target).__name__} cannot be used here: {reason}")
+    feed = data.feed if data is not None else None
+    written = target.export(model, example, path, feed=feed)
+    runner = target.load(written)
+    fed = feed(example) if feed is not None else example
+    with _evaluating(model), torch.inference_mode():
+        parity = measure_parity(call_model(model, example, feed), runner(fed))
+        latency = measure_latency(
+            {"pytorch": lambda: call_model(model, example, feed), target.name: lambda: runner(fed)},
+            seconds=seconds,
+            precision={"pytorch": "f32", target.name: str(getattr(target, "precision", "f32"))},
+            threads=getattr(target, "threads", None) or torch.get_num_threads(),
+            batch_size=batch_size(example),
+        )
+    logger.info("%s: %s, %.3g of %.3g off at most", target.name, written, parity.max_error, parity.scale)
+    beside = written.with_name(f"{written.name}.data")
+    size = sum(file.stat().st_size for file in (written, beside) if file.exists())
+    return ExportEvidence(path=written, target=target.name, size_bytes=size, parity=parity, latency=latency)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, each module's own mode restored after."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,116 @@
+"""What exporters trace: a plain copy of the model, example inputs, names and varying dimensions of both ends."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gracile.data import batch_size
+from gracile.errors import GracileError, ModelError
+from gracile.nn import end_training
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A float32 copy on the CPU in evaluation mode, its weights encoded, without caches between calls."""
+    plain = copy.deepcopy(model).cpu().float().eval()
+    end_training(plain)
+    for parameter in plain.parameters():
+        parameter.requires_grad_(False)
+    config = getattr(plain, "config", None)
+    if getattr(config, "use_cache", False):
+        config.use_cache = False  # type: ignore[union-attr]
+    return plain
+
+
+def example_of_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs with a batch of one doubled: tracing takes a dimension of size 1 for a constant."""
+    if batch_size([args, kwargs]) != 1:
+        return args, kwargs
+
+    def double(leaf: Any) -> Any:
+        return torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == 1 else leaf
+
+    doubled: tuple[tuple[Any, ...], dict[str, Any]] = torch.utils._pytree.tree_map(double, (args, kwargs))
+    return doubled
+
+
+def bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs by parameter of `forward`."""
+    return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+
+
+def output_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """Names of the tensors that a call returns, in order; raises ModelError where the model does not run.
+
+    "output" for a tensor; the keys of a mapping, with a number behind where one holds several; else output_0, ....
+    """
+    try:
+        with torch.no_grad():
+            outputs = model(*args, **kwargs)
+    except GracileError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{type(model).__name__} does not run on the example: {error}") from error
+    if isinstance(outputs, Tensor):
+        return ["output"]
+    items = outputs.items() if isinstance(outputs, Mapping) else enumerate(torch.utils._pytree.tree_leaves(outputs))
+    names: list[str] = []
+    for key, value in items:
+        leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+        name = key if isinstance(key, str) else f"output_{key}"
+        names += [name] if len(leaves) == 1 else [f"{name}_{i}" for i in range(len(leaves))]
+    return names
+
+
+def dynamic_dimensions(inputs: Any, size: int) -> Any:
+    """Which dimensions may vary, in the structure of the inputs.
+
+    The first of every tensor that has the batch's size there, and the second of integer tokens [batch, length].
+    """
+    auto = torch.export.Dim.AUTO
+
+    def of(leaf: Any) -> dict[int, Any] | None:
+        if not isinstance(leaf, Tensor):
+            return None
+        varies = {0: auto} if leaf.ndim and leaf.shape[0] == size else {}
+        if leaf.ndim == 2 and not leaf.is_floating_point() and leaf.shape[1] > 1:
+            varies[1] = auto
+        return varies
+
+    return torch.utils._pytree.tree_map(of, inputs)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the exporters' warnings, which speak of their own internals; levels and filters are restored after."""
+    stems = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+    known = [name for name in logging.root.manager.loggerDict if name.startswith(stems)]
+    loggers = [logging.getLogger(name) for name in {*stems, *known}]
+    levels = [found.level for found in loggers]
+    try:
+        for found in loggers:
+            found.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for found, level in zip(loggers, levels):
+            found.setLevel(level)
+
+
+def reason_of(error: BaseException | None) -> str:
+    """The first line of the deepest cause that says something."""
+    said = ""
+    while error is not None:
+        lines = str(error).strip().splitlines()
+        said = lines[0] if lines else said
+        error = error.__cause__
+    return said or "no reason given"
