@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gracile.data import Batch, Data, batch_size, slice_batch
 from gracile.errors import ConfigError, DataError
@@ -49,9 +50,11 @@ def collect_gradients(
     for p in model.parameters():
         p.requires_grad_(any(p is w for w in wanted.values()))
     try:
-        sums, count = _first_order(model, wanted, needs, data, examples, on_example)
-        if "hessian_diagonal" in needs:
-            sums["hessian_diagonal"] = _hutchinson(model, wanted, data, examples, probes, generator)
+        with torch.enable_grad():
+            sums, count = _first_order(model, wanted, needs, data, examples, on_example)
+            if "hessian_diagonal" in needs:
+                with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+                    sums["hessian_diagonal"] = _hutchinson(model, wanted, data, examples, probes, generator)
     finally:
         for name, p in model.named_parameters():
             p.requires_grad_(flags[name])
@@ -102,10 +105,17 @@ def _hutchinson(
         weight = batch_size(piece)
         loss = _loss(model, data, piece)
         gradients = torch.autograd.grad(loss, list(wanted.values()), create_graph=True, materialize_grads=True)
+        curved = [i for i, g in enumerate(gradients) if g.requires_grad]  # others do not depend on any weight
         for _ in range(probes):
             signs = [torch.randint(0, 2, g.shape, generator=generator).to(g).mul_(2).sub_(1) for g in gradients]
+            if not curved:
+                continue
             products = torch.autograd.grad(
-                gradients, list(wanted.values()), signs, retain_graph=True, materialize_grads=True
+                [gradients[i] for i in curved],
+                list(wanted.values()),
+                [signs[i] for i in curved],
+                retain_graph=True,
+                materialize_grads=True,
             )
             for name, v, hv in zip(wanted, signs, products):
                 total[name] += weight / probes * (v * hv).float()
