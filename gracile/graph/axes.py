@@ -23,6 +23,7 @@ COUNTS_PIXELS = "it counts pixels of a shuffled block"
 COUNTERS = frozenset(
     {COUNTS_POSITIONS, COUNTS_KERNEL, COUNTS_GATES, COUNTS_GROUPS, COUNTS_STACKED, COUNTS_REPEATED, COUNTS_PIXELS}
 )
+MADE_ONE_BY_ONE = "each of its entries is made by itself"
 SHAPES_DISAGREE = "its layout here and there cannot be matched"
 
 
@@ -123,7 +124,8 @@ def atoms(expr: Expr) -> Iterator[Atom]:
 
 def frozen_reason(expr: Expr) -> str | None:
     """The first reason found for which an atom of the expression is frozen; None if all are free."""
-    return next((atom.frozen for atom in atoms(expr) if atom.frozen), None)
+    found = list(atoms(expr))
+    return next((atom.frozen for atom in found if atom.frozen), None if found else MADE_ONE_BY_ONE)
 
 
 def is_fixed(expr: Expr) -> bool:

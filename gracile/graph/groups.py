@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from gracile.graph.axes import COUNTERS, Atom, Expr, atoms, freeze, resolve
+from gracile.graph.axes import COUNTERS, Atom, Expr, atoms, freeze, resolve, size
 from gracile.graph.integers import Attribute, Constraint, Size
 from gracile.graph.positions import occurs_once_per_product, unit_positions
 from gracile.graph.recorder import Recorder
@@ -176,20 +176,24 @@ def build_groups(recorder: Recorder, ties: Mapping[Atom, str]) -> list[tuple[Gro
     names: set[str] = set()
     found: list[tuple[int, Group, Atom]] = []
     for atom, places in where.items():
-        if atom.frozen in COUNTERS or (atom.frozen and not _matters(recorder, places)):
+        if atom.frozen and not _matters(recorder, atom, places):
             continue
         members = tuple(_member(recorder, atom, *place) for place in places)
         kind = _kind(atom)
-        layer, rank = _home(members, order, kind)
+        layer, rank = _home(recorder, members, order, kind)
         name = _unique(layer if kind == "channels" else f"{layer}:{kind}", names)
         group = Group(name, atom.size, kind, members, atom.frozen, atom.inexact, ties.get(atom))
         found.append((rank, group, atom))
     return [(group, atom) for _, group, atom in sorted(found, key=lambda entry: entry[0])]
 
 
-def _matters(recorder: Recorder, places: Sequence[tuple[str, int, Expr]]) -> bool:
-    """Whether a layer makes or consumes it; axes of masks and tables are of no interest."""
-    return any((name, axis) in recorder.producers | recorder.consumers for name, axis, _ in places)
+def _matters(recorder: Recorder, atom: Atom, places: Sequence[tuple[str, int, Expr]]) -> bool:
+    """Whether a frozen atom is worth a line: a layer makes or consumes it, and it is no mere count inside an axis."""
+    return any(
+        ((name, axis) in recorder.producers or (name, axis) in recorder.consumers)
+        and (atom.frozen not in COUNTERS or atom.size == size(dim))
+        for name, axis, dim in places
+    )
 
 
 def _member(recorder: Recorder, atom: Atom, name: str, axis: int, dim: Expr) -> Member:
@@ -204,10 +208,12 @@ def _kind(atom: Atom) -> Kind:
     return "channels"
 
 
-def _home(members: Sequence[Member], order: Mapping[str, int], kind: Kind) -> tuple[str, int]:
+def _home(
+    recorder: Recorder, members: Sequence[Member], order: Mapping[str, int], kind: Kind
+) -> tuple[str, int]:
     """The layer a group is named after, and when it ran: the first producer; for heads, the module around them all."""
-    layers = [m.tensor.rpartition(".")[0] for m in members if m.role == "producer"]
-    layers = layers or [m.tensor.rpartition(".")[0] for m in members]
+    made = [m for m in members if (m.tensor, m.axis) in recorder.producers]
+    layers = [m.tensor.rpartition(".")[0].partition(".parametrizations.")[0] for m in made or members]
     ranked = sorted(layers, key=lambda layer: order.get(layer, len(order)))
     rank = order.get(ranked[0], len(order))
     if kind in ("heads", "head_dim"):

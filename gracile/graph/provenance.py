@@ -41,7 +41,8 @@ class Provenance(TorchFunctionMode):
         if name == "size" and isinstance(output, int):
             dim = kwargs["dim"] if "dim" in kwargs else args[1]
             return self._sizes(args[0], args[0].shape)[dim]
-        self.where = f"{name.strip('_')} in '{self.recorder.layers[-1] if self.recorder.layers else 'forward'}'"
+        module = self.recorder.modules[-1] if self.recorder.modules else ""
+        self.where = f"{name.strip('_')} in {repr(module) if module else 'the model'}"
         note = NOTES.get(name if name.startswith("__") else name.rstrip("_"), _pin)
         note(self, args, kwargs, output)
         return output

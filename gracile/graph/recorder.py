@@ -53,6 +53,10 @@ class Event:
     makes: tuple[tuple[int, int], ...]
 
 
+class Unfollowed(Exception):
+    """Raised by a rule for a use of its operator that it cannot follow; the message is the reason for freezing."""
+
+
 @dataclass
 class Call:
     """One operator run, as its rule sees it."""
@@ -118,7 +122,8 @@ class Recorder(TorchDispatchMode):
         self.events: list[Event] = []
         self.consumers: set[Axis] = set()
         self.producers: set[Axis] = set()
-        self.layers: list[str] = []
+        self.layers: list[str] = []  # those with parameters of their own that are running, outermost first
+        self.modules: list[str] = []  # all modules that are running
         self.unknown: dict[str, int] = {}
         named = [*model.named_parameters(), *model.named_buffers()]
         for name, tensor in named:
@@ -127,6 +132,11 @@ class Recorder(TorchDispatchMode):
             self.ids[name] = id(tensor)
             sources = [frozenset({(name, axis)}) for axis in range(tensor.ndim)]
             self.store(tensor, Value(list(dims), sources, True))
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, and guarding against it would import the compiler, which takes seconds."""
+        return False
 
     def value(self, tensor: Tensor, reason: str = "it comes from a tensor that is no parameter or buffer") -> Value:
         """What is known of the tensor; one never seen before is frozen, for the reason given."""
@@ -189,6 +199,9 @@ class Recorder(TorchDispatchMode):
             return
         try:
             rule(call)
+        except Unfollowed as reason:
+            call.freeze_all(str(reason))
+            return
         except Exception as error:  # a form of the operator that its rule did not foresee must not stop the trace
             logger.debug("rule of %s failed: %r", call.name, error)
             call.freeze_all(f"the operator '{call.name}' is used in a form that has no rule")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gracile.errors import ConfigError, ModelError
 from gracile.graph.attributes import traced_attributes
-from gracile.graph.axes import Atom, Expr, size
+from gracile.graph.axes import Atom, Expr, mark_kind, size
 from gracile.graph.declared import declared_constraints
 from gracile.graph.flow import Flow
 from gracile.graph.groups import Group, build_groups, settle
@@ -103,6 +103,9 @@ def trace(model: nn.Module, run: Callable[[nn.Module], Any]) -> Trace:
     if not watch.seen_input:
         raise ModelError(f"{type(model).__name__} was never called: `run` must call the model it is given.")
     recorder.call_order = list(watch.calls)
+    for name, dims in recorder.axes.items():
+        if ".weight_hh" in f".{name}" and isinstance(watch.owner(name), (nn.RNNBase, nn.RNNCellBase)):
+            mark_kind(dims[1], "hidden")
     recorder.constraints.extend(declared_constraints(model, recorder.axes))
     ties = settle(recorder, Solver(recorder.constraints))
     solver = Solver(recorder.constraints)
@@ -125,13 +128,16 @@ def trace(model: nn.Module, run: Callable[[nn.Module], Any]) -> Trace:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
+    """Eval mode for as long as the context lasts; then every attribute of every module is what it was."""
+    before = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
+    before += [(module._buffers, dict(module._buffers)) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for held, saved in before:
+            held.clear()
+            held.update(saved)
 
 
 class _Watch:
@@ -140,6 +146,7 @@ class _Watch:
     def __init__(self, model: nn.Module, recorder: Recorder) -> None:
         self.model = model
         self.recorder = recorder
+        self.names = {m: n for n, m in model.named_modules()}
         self.owners = {m: n for n, m in model.named_modules() if any(True for _ in m.parameters(recurse=False))}
         self.calls: dict[str, int] = {}
         self.shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
@@ -155,7 +162,7 @@ class _Watch:
         with ExitStack() as stack:
             root = self.model.register_forward_pre_hook(self._enter_root, with_kwargs=True, prepend=True)
             stack.callback(root.remove)
-            for module in self.owners:
+            for module in self.names:
                 before = module.register_forward_pre_hook(self._enter, with_kwargs=True)
                 after = module.register_forward_hook(self._leave, with_kwargs=True)
                 stack.callback(before.remove)
@@ -177,6 +184,9 @@ class _Watch:
         self.recorder.freeze_tensors(output, TO_OUTPUT)
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.recorder.modules.append(self.names[module])
+        if module not in self.owners:
+            return
         name = self.owners[module]
         self.parents.update(self.recorder.layers)
         self.recorder.layers.append(name)
@@ -187,6 +197,9 @@ class _Watch:
             self.shapes.setdefault(name, (_shape(first), ()))
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self.recorder.modules.pop()
+        if module not in self.owners:
+            return
         name = self.owners[module]
         self.recorder.layers.pop()
         first = next(tensors_in(output), None)
@@ -195,6 +208,10 @@ class _Watch:
             entered = self.shapes.get(name, ((), ()))
             if not entered[1]:
                 self.shapes[name] = (entered[0], _shape(first))
+
+    def owner(self, parameter: str) -> nn.Module:
+        """The module that holds the parameter."""
+        return self.model.get_submodule(parameter.rpartition(".")[0])
 
     def kinds(self) -> dict[str, nn.Module]:
         """The layers that ran, by name."""

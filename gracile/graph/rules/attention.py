@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from gracile.graph.axes import Expr, freeze, fresh, mark_inexact, mark_kind, size, split_expr, unify
-from gracile.graph.recorder import NOWHERE, Call, Value
+from gracile.graph.recorder import NOWHERE, Call, Unfollowed, Value
 from gracile.graph.rules.base import Rule, broadcast, meet
 from gracile.graph.rules.contraction import BETWEEN_ACTIVATIONS
 
@@ -22,7 +22,7 @@ def attention(call: Call) -> None:
     else:
         halves = split_expr(q[1], size(keys))
         if halves is None:
-            raise ValueError("query heads do not divide by key heads")
+            raise Unfollowed("query heads do not divide by key heads")
         unify(halves[0], keys)
     mark_kind(q[1], "heads")
     length = meet(k[2], v[2])

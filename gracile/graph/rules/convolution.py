@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gracile.graph.axes import COUNTS_KERNEL, Expr, freeze, split_expr, unify
-from gracile.graph.recorder import Call
+from gracile.graph.recorder import Call, Unfollowed
 from gracile.graph.rules.base import Rule, meet, spatial
 
 
@@ -14,6 +14,8 @@ def convolution(call: Call) -> None:
     recorder = call.recorder
     for dim in weight.dims[2:]:
         freeze(dim, COUNTS_KERNEL)
+    for dim in x.dims[2:]:
+        freeze(dim, "a convolution slides along it")
     if groups > 1:
         outer, channels = _split(x.dims[1], groups)
         weight_outer, first = _split(weight.dims[0], groups)
@@ -37,7 +39,7 @@ def convolution(call: Call) -> None:
 def _split(dim: Expr, groups: int) -> tuple[Expr, Expr]:
     halves = split_expr(dim, groups)
     if halves is None:
-        raise ValueError("the groups of a convolution cut across the structure of its channels")
+        raise Unfollowed("the groups of a convolution cut across its structure")
     return halves
 
 

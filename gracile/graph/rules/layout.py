@@ -7,8 +7,8 @@ from math import prod
 
 from torch import Tensor
 
-from gracile.graph.axes import COUNTS_PIXELS, COUNTS_REPEATED, Expr, Factor, freeze, fresh, frozen_reason, resolve, size, split_expr
-from gracile.graph.recorder import NOWHERE, Axis, Call, Value
+from gracile.graph.axes import COUNTS_GROUPS, COUNTS_PIXELS, COUNTS_REPEATED, Expr, Factor, freeze, fresh, frozen_reason, resolve, size, split_expr
+from gracile.graph.recorder import NOWHERE, Axis, Call, Unfollowed, Value
 from gracile.graph.rules.base import Rule, spatial, wrap
 
 UNALIGNED = "a reshape mixes it with other axes"
@@ -154,7 +154,7 @@ def _shuffle(call: Call, factor: int, down: bool) -> None:
     else:
         halves = split_expr(channels, size(channels) // (factor * factor))
         if halves is None:
-            raise ValueError("channels do not divide")
+            raise Unfollowed("a pixel shuffle cuts across its structure")
         freeze(halves[1], COUNTS_PIXELS)
         out = halves[0]
     for dim in (height, width):
@@ -168,11 +168,28 @@ def channel_shuffle(call: Call) -> None:
     batch, channels, *spatial = call.dims(call["self"])
     halves = split_expr(channels, call["groups"])
     if halves is None:
-        raise ValueError("channels do not divide")
+        raise Unfollowed("a channel shuffle cuts across its structure")
+    freeze(halves[0], COUNTS_GROUPS)
     call.set(call.output, [batch, (*halves[1], *halves[0]), *spatial])
 
 
+def view_as_complex(call: Call) -> None:
+    """[…, 2] → […]."""
+    value = call.value(call["self"])
+    freeze(value.dims[-1], "it holds real and imaginary parts")
+    _reorder(call, value, list(range(len(value.dims) - 1)))
+
+
+def view_as_real(call: Call) -> None:
+    """[…] → […, 2]."""
+    value = call.value(call["self"])
+    dims = [*value.dims, fresh(2, "it holds real and imaginary parts")]
+    call.set(call.output, dims, [*value.sources, NOWHERE], value.is_weight)
+
+
 RULES: dict[str, Rule] = {
+    "view_as_complex": view_as_complex,
+    "view_as_real": view_as_real,
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy", "_reshape_copy"), view),
     "permute": permute,
     "transpose": transpose,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from gracile.graph.axes import COUNTS_GROUPS, Expr, freeze, fresh, mark_inexact, split_expr, unify
-from gracile.graph.recorder import Call
+from gracile.graph.recorder import Call, Unfollowed
 from gracile.graph.rules.base import Rule
 
 
@@ -39,7 +39,7 @@ def group_norm(call: Call) -> None:
     groups = call["group"]
     halves = split_expr(dims[1], groups)
     if halves is None:
-        raise ValueError("the groups of a normalization cut across the structure of its channels")
+        raise Unfollowed("the groups of a normalization cut across its structure")
     if halves[1]:
         freeze(halves[0], COUNTS_GROUPS)
         mark_inexact(halves[1], "a group norm is taken over it")
