@@ -29,7 +29,7 @@ class Uniform:
         sizes = {name: value.numel() for name, value in scores.items()}
         caps = {name: max(size - 1, 0) for name, size in sizes.items()}
         total = min(round(fraction * sum(sizes.values())), sum(caps.values()))
-        removed = {name: min(math.floor(fraction * size), caps[name]) for name, size in sizes.items()}
+        removed = {name: math.floor(fraction * size) for name, size in sizes.items()}
         by_remainder = sorted(sizes, key=lambda name: removed[name] - fraction * sizes[name])
         while sum(removed.values()) < total:
             for name in by_remainder:

@@ -91,6 +91,16 @@ def test_scales_are_never_denormal() -> None:
         assert scale.item() == torch.finfo(torch.float32).tiny
 
 
+def test_ranges_of_activations_give_normal_scales_too() -> None:
+    low, high = torch.tensor([-1e-40, 0.0, 0.0]), torch.tensor([1e-41, 0.0, 510.0])
+    tiny = torch.finfo(torch.float32).tiny
+    scale, zero_point = Int(8, PerTensor(), symmetric=False).scale_of(low, high)
+    assert scale.tolist() == [tiny, 1.0, 2.0]
+    assert zero_point is not None
+    assert zero_point.tolist() == [0, 0, 0]
+    assert Int(8, PerTensor()).scale_of(low, high)[0].tolist()[:2] == [tiny, 1.0]
+
+
 def test_ranges_wider_than_float32_still_fit() -> None:
     weight = torch.tensor([[-3e38, 3e38]])
     fmt = Int(8, symmetric=False)
