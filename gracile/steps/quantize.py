@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gracile.context import Context
 from gracile.errors import ConfigError, DataError, NothingChangedError
 from gracile.formats import Format, Int, PerChannel, Scheme, bits_per_weight, format_to_config
-from gracile.graph import trace
+from gracile.graph import Trace, trace
 from gracile.layer_stats import LayerStats
 from gracile.nn import QuantizedLayer, quantize_layer, quantized_kind
 from gracile.ranges import MSE, MinMax, Percentile
@@ -78,11 +78,14 @@ class Quantize(Step):
         scheme = self._scheme
         layers = self._select(model, context, recorder)
         encoded = {name: self._encode(name, model.get_submodule(name)) for name in layers}  # refuses before any change
+        if scheme.input is not None:
+            self._fold(model, layers, context, recorder)
+        # Folded too, since its layers' outputs are what biases are corrected to.
         reference = copy_model(model) if self.correct and context.data.has_calibration else None
         stats: Mapping[str, LayerStats] = {}
         outputs: set[str] = set()
         if scheme.input is not None:
-            stats, outputs = self._measure(model, layers, context, recorder)
+            stats, outputs = self._measure(model, layers, context)
             encoded = {name: self._encode(name, model.get_submodule(name)) for name in layers if name in stats}
         for name in layers:
             if scheme.input is not None and name not in stats:
@@ -124,20 +127,15 @@ class Quantize(Step):
             )
         return chosen
 
-    def _measure(
-        self, model: nn.Module, layers: list[str], context: Context, recorder: Recorder
-    ) -> tuple[dict[str, LayerStats], set[str]]:
-        """Fold batch norms, then the histograms of inputs and outputs, and the layers whose output needs a grid too."""
-        batch = first_batch(context.data)
-
-        def run(net: nn.Module) -> Any:
-            return context.data.forward(net, batch)
-
-        for pair in fold_batch_norms(model, trace(model, run).batch_norm_pairs(), set(layers)):
+    def _fold(self, model: nn.Module, layers: list[str], context: Context, recorder: Recorder) -> None:
+        for pair in fold_batch_norms(model, _traced(model, context).batch_norm_pairs(), set(layers)):
             recorder.edits.append(Swap(pair[1], "Identity"))
             recorder.layers.append(LayerRow(name=pair[1], kind="BatchNorm", action="folded", reason=f"into {pair[0]}"))
-        folded = trace(model, run)
-        outputs = {name for name in layers if _needs_output_grid(model.get_submodule(name), folded.consumers(name))}
+
+    def _measure(self, model: nn.Module, layers: list[str], context: Context) -> tuple[dict[str, LayerStats], set[str]]:
+        """The histograms of inputs and outputs, and the layers whose output needs a grid too."""
+        traced = _traced(model, context)
+        outputs = {name for name in layers if _needs_output_grid(model.get_submodule(name), traced.consumers(name))}
         stats = collect_activations(
             model, layers, {"input", "output"}, context.data, on_batch=lambda n: context.progress("calibrate", n, None)
         )
@@ -197,6 +195,11 @@ class Quantize(Step):
                 error=float(error),
             )
         )
+
+
+def _traced(model: nn.Module, context: Context) -> Trace:
+    batch = first_batch(context.data)
+    return trace(model, lambda net: context.data.forward(net, batch))
 
 
 def _format_for(layer: nn.Module, fmt: Format) -> Format:
