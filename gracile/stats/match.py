@@ -80,7 +80,7 @@ def match_statistics(
             for name, state in backup.items():
                 for key, value in state.items():
                     getattr(model.get_submodule(name), key).copy_(value)
-    return Correction(tuple(layers) if accepted else (), before, after, accepted)
+    return Correction(tuple(matcher.sums) if accepted else (), before, after, accepted)
 
 
 def _correctable(model: nn.Module, original: nn.Module, biases: bool) -> list[str]:
