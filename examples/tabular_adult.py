@@ -120,7 +120,7 @@ def main() -> None:
     result = gc.optimize(model, data, goal, run_dir=run / "optimize", on_progress=show)
     result.save(run / "slim")
 
-    print(result.report.verdict)
+    print(result.report)
     print(f"Report: {run / 'slim' / 'report.html'}")
     for name, net in (("original", model), ("compressed", result.model)):
         print(f"Official test set, {name}: accuracy {accuracy(net, test):.4f}, AUC {auc(net, test):.4f}")
