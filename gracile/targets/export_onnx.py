@@ -17,6 +17,7 @@ from gracile.targets.tracing import (
     bind,
     dynamic_dimensions,
     example_of_two,
+    input_names,
     output_names,
     plain_copy,
     quiet,
@@ -56,8 +57,7 @@ def export_onnx(
     program, batch = _trace(plain, args, kwargs)
     to_standard(program)
     _strip(program)
-    for value, name in zip(program.graph.outputs, names):
-        value.name = name
+    _name_ends(program.graph, input_names(plain, args, kwargs), names)
     program.metadata_props[BATCH_KEY] = batch
     return _write(program, Path(path))
 
@@ -93,6 +93,25 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
         f"{type(model).__name__} cannot be exported to ONNX: {reason_of(failure)}\n"
         f"  PyTorch's exporter traces the forward; rewrite the part it names, or use the PyTorch target."
     ) from failure
+
+
+def _name_ends(graph: Any, inputs: list[str], outputs: list[str]) -> None:
+    """Name the graph's inputs and outputs. What goes straight through, or comes out twice, passes an Identity first."""
+    import onnx_ir as ir
+
+    taken = {id(value) for value in graph.inputs}
+    for index, value in enumerate(graph.outputs):
+        if id(value) in taken or value.is_initializer():
+            identity = ir.node("Identity", [value])
+            identity.outputs[0].shape, identity.outputs[0].type = value.shape, value.type
+            graph.append(identity)
+            graph.outputs[index] = identity.outputs[0]
+        taken.add(id(graph.outputs[index]))
+    ends = [*zip(graph.inputs, inputs), *zip(graph.outputs, outputs)]
+    for index, (value, _) in enumerate(ends):  # first out of the way, since an output may bear an input's new name
+        value.name = f"end_{index}"
+    for value, name in ends:
+        value.name = name
 
 
 def _strip(model: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,17 @@ from gracile.targets.base import Capabilities, Runner, Target
 from gracile.targets.feeding import named_inputs, outputs_from
 from gracile.targets.files import write_whole
 from gracile.targets.onnxruntime import check_settings
-from gracile.targets.tracing import bind, dynamic_dimensions, example_of_two, output_names, plain_copy, quiet, reason_of
+from gracile.targets.tracing import (
+    dynamic_dimensions,
+    example_of_two,
+    input_names,
+    output_names,
+    plain_copy,
+    quiet,
+    reason_of,
+)
+
+logger = logging.getLogger(__name__)
 
 _NAMES = "gracile.json"
 
@@ -50,10 +61,8 @@ class PyTorch(Target):
         plain = plain_copy(model)
         args, kwargs = example_of_two(*inputs_of(plain, example, feed))
         outputs = output_names(plain, args, kwargs)
-        inputs = list(bind(plain, args, kwargs))
-        shapes = dynamic_dimensions({"args": args, "kwargs": kwargs}, batch_size([args, kwargs]))
-        program = _trace(plain, args, kwargs, shapes)
-        names = json.dumps({"inputs": inputs, "keywords": list(kwargs), "outputs": outputs})
+        program = _trace(_Positional(plain, list(kwargs)), (*args, *kwargs.values()))
+        names = json.dumps({"inputs": input_names(plain, args, kwargs), "outputs": outputs})
         return write_whole(Path(path), lambda file: torch.export.save(program, file, extra_files={_NAMES: names}))
 
     def load(self, path: str | Path) -> Runner:
@@ -71,47 +80,50 @@ class _TorchRunner(Runner):
         except Exception as error:  # damage shows as zip, JSON, key or runtime errors
             raise TargetError(f"PyTorch cannot load {path}: {reason_of(error)}") from error
         self.inputs, self.outputs = names["inputs"], names["outputs"]
-        self._keywords, self._threads = names["keywords"], threads
+        self._threads = threads
 
     def __call__(self, batch: Batch) -> Any:
         """Outputs on one batch; TargetError where the program refuses it."""
         given = named_inputs(batch, self.inputs)
-        keywords = {name: given.pop(name) for name in self._keywords}
         try:
             with torch.inference_mode(), _threads(self._threads):
-                leaves = self._module(*given.values(), **keywords)
+                leaves = self._module(*given.values())
         except Exception as error:
             raise TargetError(f"The exported program cannot run this batch: {reason_of(error)}") from error
         return outputs_from(self.outputs, leaves)
 
 
-def _trace(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any
-) -> torch.export.ExportedProgram:
-    """The `ExportedProgram`, dynamic if that can be traced; else for the example's shapes."""
+def _trace(model: _Positional, args: tuple[Any, ...]) -> Any:
+    """The `ExportedProgram`, dynamic if that can be traced; else of the example's shapes, with a warning logged."""
     failure: Exception | None = None
-    for shapes in (dynamic, None):
+    for shapes in ({"args": dynamic_dimensions(args, batch_size(args))}, None):
         try:
             with quiet(), torch.no_grad():
-                return torch.export.export(_Leaves(model), args, kwargs, dynamic_shapes=shapes)
+                program = torch.export.export(model, args, dynamic_shapes=shapes)
         except Exception as error:  # the tracer raises whatever the forward does under it
             failure = failure or error
+            continue
+        if not program.range_constraints:
+            name = type(model.model).__name__
+            logger.warning("%s exports only for batches of %d: its code fixes the size.", name, batch_size(args))
+        return program
     raise TargetError(
-        f"{type(model).__name__} cannot be traced by torch.export: {reason_of(failure)}\n"
+        f"{type(model.model).__name__} cannot be traced by torch.export: {reason_of(failure)}\n"
         f"  Rewrite the part of its forward that it names."
     ) from failure
 
 
-class _Leaves(nn.Module):
-    """A model that returns its output tensors as a tuple: loading needs none of the classes it wraps them in."""
+class _Positional(nn.Module):
+    """A model called by position that returns its output tensors as a tuple: loading needs no class of theirs."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, keywords: list[str]) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.keywords = model, keywords
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        leaves = torch.utils._pytree.tree_leaves(self.model(*args, **kwargs))
-        return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+    def forward(self, *args: Any) -> tuple[Tensor, ...]:
+        count = len(args) - len(self.keywords)
+        outputs = self.model(*args[:count], **dict(zip(self.keywords, args[count:])))
+        return tuple(leaf for leaf in torch.utils._pytree.tree_leaves(outputs) if isinstance(leaf, Tensor))
 
 
 @contextmanager

@@ -47,6 +47,13 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
     return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
 
 
+def input_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """Names of the input tensors, positional ones first: parameters of `forward`, numbered where one holds several."""
+    bound = bind(model, args, kwargs)
+    positional = [name for name in bound if name not in kwargs][: len(args)]
+    return _numbered([*zip(positional, args), *kwargs.items()])
+
+
 def output_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
     """Names of the tensors that a call returns, in order; raises ModelError where the model does not run.
 
@@ -61,12 +68,17 @@ def output_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         raise ModelError(f"{type(model).__name__} does not run on the example: {error}") from error
     if isinstance(outputs, Tensor):
         return ["output"]
-    items = outputs.items() if isinstance(outputs, Mapping) else enumerate(torch.utils._pytree.tree_leaves(outputs))
+    if isinstance(outputs, Mapping):
+        return _numbered([(str(key), value) for key, value in outputs.items()])
+    return _numbered([("output", torch.utils._pytree.tree_leaves(outputs))])
+
+
+def _numbered(items: list[tuple[str, Any]]) -> list[str]:
+    """A name for each tensor in the values: the value's own name for one, with a number behind for several."""
     names: list[str] = []
-    for key, value in items:
-        leaves = [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-        name = key if isinstance(key, str) else f"output_{key}"
-        names += [name] if len(leaves) == 1 else [f"{name}_{i}" for i in range(len(leaves))]
+    for name, value in items:
+        count = sum(isinstance(leaf, Tensor) for leaf in torch.utils._pytree.tree_leaves(value))
+        names += [name] if count == 1 else [f"{name}_{i}" for i in range(count)]
     return names
 
 
