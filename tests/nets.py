@@ -83,8 +83,10 @@ class PadBlock(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
         self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
         self.stride = stride
-        self.shortcut = (lambda x: x) if stride == 1 else (
-            lambda x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, outputs // 4, outputs // 4), "constant", 0)
+        self.shortcut = (
+            (lambda x: x)
+            if stride == 1
+            else (lambda x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, outputs // 4, outputs // 4), "constant", 0))
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,9 +132,8 @@ class ConcatInput(Net):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1, self.conv2, self.conv3 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(11, 8, 3, padding=1), nn.Conv2d(
-            19, 6, 1
-        )
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(11, 8, 3, padding=1)
+        self.conv3 = nn.Conv2d(19, 6, 1)
         self.fc = nn.Linear(6, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -163,9 +164,8 @@ class Grouped(Net):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1, self.conv2, self.conv3 = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 32, 3, 1, 1, groups=4), nn.Conv2d(
-            32, 12, 1
-        )
+        self.conv1, self.conv2 = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 32, 3, 1, 1, groups=4)
+        self.conv3 = nn.Conv2d(32, 12, 1)
         self.bn = nn.BatchNorm2d(32)
         self.fc = nn.Linear(12, 4)
 
@@ -328,9 +328,8 @@ class Shared(Net):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.block, self.bn = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 12, 3, padding=1), nn.BatchNorm2d(
-            12
-        )
+        self.stem, self.block = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 12, 3, padding=1)
+        self.bn = nn.BatchNorm2d(12)
         self.fc = nn.Linear(12, 4)
 
     def forward(self, x: Tensor) -> Tensor:

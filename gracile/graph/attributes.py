@@ -15,7 +15,9 @@ IGNORED = frozenset({"training", "call_super_init", "dump_patches", "_version"})
 
 
 @contextmanager
-def traced_attributes(model: nn.Module, on_equal: Callable[[Source, Source], None]) -> Iterator[dict[str, tuple[int, ...]]]:
+def traced_attributes(
+    model: nn.Module, on_equal: Callable[[Source, Source], None]
+) -> Iterator[dict[str, tuple[int, ...]]]:
     """Within the context, every integer that the model or an object it holds has as attribute knows its path.
 
     Gives the attributes that are tuples or lists, as they were.

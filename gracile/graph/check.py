@@ -49,8 +49,8 @@ def check_cut(
     if [t.shape for t in expected] != [t.shape for t in found]:
         return CutCheck(True, None, False, "the cut model's outputs have other shapes")
     scale = max((float(t.abs().max()) for t in expected if t.numel()), default=0.0)
-    error = max((float((a - b).abs().max()) for a, b in zip(expected, found) if a.numel()), default=0.0)
-    relative = error / max(scale, 1.0)
+    largest = max((float((a - b).abs().max()) for a, b in zip(expected, found) if a.numel()), default=0.0)
+    relative = largest / max(scale, 1.0)
     if relative <= TOLERANCE:
         return CutCheck(True, relative, True, None)
     reasons = dict.fromkeys(group.exact for group in groups.values() if group.exact is not None)
@@ -87,8 +87,6 @@ def _map(tree: Any) -> Any:
     if type(tree) in (tuple, list):
         return type(tree)(_map(item) for item in tree)
     return tree
-
-
 
 
 def _as_double(tensor: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from gracile.graph.axes import Expr, size, split_expr
+from gracile.graph.algebra import split_expr
+from gracile.graph.axes import Expr, size
 from gracile.graph.integers import Attribute, Constraint
 
 #: Layer class -> (attribute, parameter or buffer, axis).
@@ -39,9 +40,7 @@ def declared_constraints(model: nn.Module, axes: Mapping[str, list[Expr]]) -> It
                 yield Constraint(Attribute(full, i, size(dim)), dim, f"'{full}'")
 
 
-def _stated(
-    module: nn.Module, axes: Mapping[str, list[Expr]], names: Mapping[int, str]
-) -> Iterator[tuple[str, Expr]]:
+def _stated(module: nn.Module, axes: Mapping[str, list[Expr]], names: Mapping[int, str]) -> Iterator[tuple[str, Expr]]:
     for kind, entries in SIMPLE.items():
         if isinstance(module, kind):
             for attribute, held, axis in entries:

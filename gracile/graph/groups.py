@@ -141,7 +141,9 @@ def _freeze_contradicted(free: Sequence[Atom], ties: Mapping[str, Sequence[Atom]
             if atom.frozen:
                 continue
             cut = together.get(atom, [atom])
-            reason = next((f"its count is tied to an axis that cannot be cut: {a.frozen}" for a in cut if a.frozen), None)
+            reason = next(
+                (f"its count is tied to an axis that cannot be cut: {a.frozen}" for a in cut if a.frozen), None
+            )
             reason = reason or _contradiction(cut, solver)
             if reason:
                 freeze(tuple(cut), reason)
@@ -208,9 +210,7 @@ def _kind(atom: Atom) -> Kind:
     return "channels"
 
 
-def _home(
-    recorder: Recorder, members: Sequence[Member], order: Mapping[str, int], kind: Kind
-) -> tuple[str, int]:
+def _home(recorder: Recorder, members: Sequence[Member], order: Mapping[str, int], kind: Kind) -> tuple[str, int]:
     """The layer a group is named after, and when it ran: the first producer; for heads, the module around them all."""
     made = [m for m in members if (m.tensor, m.axis) in recorder.producers]
     layers = [m.tensor.rpartition(".")[0].partition(".parametrizations.")[0] for m in made or members]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 from gracile.graph.axes import Expr
 
@@ -39,7 +39,7 @@ class Formula:
     right: Source
 
 
-Source = Union[int, Attribute, Size, Formula]
+Source = int | Attribute | Size | Formula
 OPERATORS: dict[str, Callable[[int, int], int]] = {
     "+": operator.add,
     "-": operator.sub,

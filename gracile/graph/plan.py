@@ -59,21 +59,23 @@ def checked_groups(trace: Trace, keep: Keep) -> dict[str, Group]:
             other, count = tied.setdefault(group.tied_count, (name, len(units)))
             if count != len(units):
                 raise ConfigError(
-                    f"Groups '{other}' and '{name}' must keep the same number of units ({group.tied_count} sizes both), "
-                    f"got {count} and {len(units)}."
+                    f"Groups '{other}' and '{name}' must keep the same number of units "
+                    f"({group.tied_count} sizes both), got {count} and {len(units)}."
                 )
     _check_whole_ties(trace, groups, tied, keep)
     return groups
 
 
-def _check_whole_ties(trace: Trace, groups: Mapping[str, Group], tied: Mapping[str, tuple[str, int]], keep: Keep) -> None:
+def _check_whole_ties(
+    trace: Trace, groups: Mapping[str, Group], tied: Mapping[str, tuple[str, int]], keep: Keep
+) -> None:
     for group in trace.groups:
         if group.frozen is None and group.tied_count in tied and group.name not in groups:
             other, count = tied[str(group.tied_count)]
             if count != group.units:
                 raise ConfigError(
-                    f"Group '{group.name}' must keep as many units as '{other}' ({group.tied_count} sizes both), and is "
-                    f"not among those cut.\n  Give it {count} units too."
+                    f"Group '{group.name}' must keep as many units as '{other}' "
+                    f"({group.tied_count} sizes both), and is not among those cut.\n  Give it {count} units too."
                 )
 
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from gracile.graph.axes import COUNTS_GROUPS, Expr, fresh, is_fixed, size, slice_expr, split_expr
+from gracile.graph.algebra import slice_expr, split_expr
+from gracile.graph.axes import COUNTS_GROUPS, Expr, fresh, is_fixed, size
 from gracile.graph.integers import Constraint, Formula, Size, Source, Traced, source_of
-from gracile.graph.recorder import Recorder, tensors_in
+from gracile.graph.recorder import Recorder
 
 Note = Callable[["Provenance", tuple[Any, ...], dict[str, Any], Any], None]
 
@@ -61,9 +62,10 @@ class Provenance(TorchFunctionMode):
 
     def tie(self, value: Any, target: Expr) -> None:
         """The integer is the size of the dimension, now and after a cut. -1 is whatever remains."""
-        if isinstance(value, int) and not isinstance(value, bool) and value >= 0 and int(value) == size(target):
-            if not is_fixed(target) or isinstance(value, Traced):
-                self.recorder.constraints.append(Constraint(source_of(value), target, self.where))
+        if not isinstance(value, int) or isinstance(value, bool) or int(value) != size(target):
+            return
+        if isinstance(value, Traced) or not is_fixed(target):
+            self.recorder.constraints.append(Constraint(source_of(value), target, self.where))
 
     def pin(self, value: Any) -> None:
         """The integer is used in a way that is not understood: it must not change."""
@@ -116,7 +118,8 @@ def _unflatten(mode: Provenance, args: tuple[Any, ...], kwargs: dict[str, Any], 
 
 
 def _split(mode: Provenance, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    sizes = [*args[1:2], *(kwargs[k] for k in ("split_size_or_sections", "split_size", "split_sizes") if k in kwargs)][0]
+    named = (kwargs[k] for k in ("split_size_or_sections", "split_size", "split_sizes") if k in kwargs)
+    sizes = args[1] if len(args) > 1 else next(named)
     dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
     each = sizes if isinstance(sizes, (tuple, list)) else [sizes] * len(output)
     for n, part in zip(each, output):

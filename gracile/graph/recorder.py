@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -107,11 +106,16 @@ class Call:
             self.set(output, [fresh(n, reason) for n in output.shape])
 
 
+#: What an operator does to axes.
+Rule = Callable[[Call], None]
+
+
 class Recorder(TorchDispatchMode):
     """Runs every operator and then its rule, which ties the axes of what went in and came out."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, rule_for: Callable[[str, Any], Rule | None]) -> None:
         super().__init__()
+        self._rule_for = rule_for
         self._values: dict[int, tuple[Tensor, Value]] = {}
         self._versions: dict[int, int] = {}
         self.axes: dict[str, list[Expr]] = {}
@@ -190,9 +194,7 @@ class Recorder(TorchDispatchMode):
         return output
 
     def _run_rule(self, call: Call, func: Any) -> None:
-        from gracile.graph.rules import rule_for
-
-        rule = rule_for(call.name, func)
+        rule = self._rule_for(call.name, func)
         if rule is None:
             self.unknown[call.name] = self.unknown.get(call.name, 0) + 1
             call.freeze_all(f"the operator '{call.name}' has no rule")

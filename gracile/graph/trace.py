@@ -18,6 +18,7 @@ from gracile.graph.flow import Flow
 from gracile.graph.groups import Group, build_groups, settle
 from gracile.graph.provenance import Provenance
 from gracile.graph.recorder import MacTerm, Recorder, tensors_in
+from gracile.graph.rules import rule_for
 from gracile.graph.solve import Solver
 
 FROM_INPUT = "it comes from the model's input"
@@ -88,7 +89,7 @@ def trace(model: nn.Module, run: Callable[[nn.Module], Any]) -> Trace:
     The model runs in eval mode with gradients enabled and is left as it was. An operator without a rule freezes the
     axes that it touches. Raises ModelError if the model does not run.
     """
-    recorder = Recorder(model)
+    recorder = Recorder(model, rule_for)
     watch = _Watch(model, recorder)
     provenance = Provenance(recorder)
     with _evaluating(model), watch.hooks(), traced_attributes(model, provenance.equal) as sequences:

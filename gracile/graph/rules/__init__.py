@@ -6,9 +6,21 @@ from typing import Any
 
 import torch
 
-from gracile.graph.rules import attention, contraction, convolution, factory, indexing, layout, norm, pointwise, pooling
-from gracile.graph.rules import parts, recurrent, reduction
-from gracile.graph.rules.base import Rule
+from gracile.graph.recorder import Rule
+from gracile.graph.rules import (
+    attention,
+    contraction,
+    convolution,
+    factory,
+    indexing,
+    layout,
+    norm,
+    parts,
+    pointwise,
+    pooling,
+    recurrent,
+    reduction,
+)
 
 RULES: dict[str, Rule] = {
     **pointwise.RULES,

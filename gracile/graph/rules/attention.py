@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gracile.graph.axes import Expr, freeze, fresh, mark_inexact, mark_kind, size, split_expr, unify
-from gracile.graph.recorder import NOWHERE, Call, Unfollowed, Value
-from gracile.graph.rules.base import Rule, broadcast, meet
+from gracile.graph.algebra import split_expr, unify
+from gracile.graph.axes import Expr, freeze, fresh, mark_inexact, mark_kind, size
+from gracile.graph.recorder import NOWHERE, Call, Rule, Unfollowed, Value
+from gracile.graph.rules.base import broadcast, meet
 from gracile.graph.rules.contraction import BETWEEN_ACTIVATIONS
 
 SCALED = "attention divides its scores by the square root of this size"
@@ -55,12 +56,9 @@ def _statistics(output: Tensor, batch: Expr, q: list[Expr]) -> list[Expr]:
     return [fresh(n, "it is a statistic of attention") for n in output.shape]
 
 
-RULES: dict[str, Rule] = dict.fromkeys(
-    (
-        "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
-        "_scaled_dot_product_fused_attention_overrideable", "_scaled_dot_product_attention_math",
-        "_scaled_dot_product_attention_math_for_mps", "scaled_dot_product_attention",
-    ),
-    attention,
+_FORMS = (
+    "flash_attention_for_cpu flash_attention efficient_attention cudnn_attention fused_attention_overrideable "
+    "attention_math attention_math_for_mps"
 )
+
+RULES: dict[str, Rule] = {f"_scaled_dot_product_{form}": attention for form in _FORMS.split()}

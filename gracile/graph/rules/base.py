@@ -1,15 +1,14 @@
-"""What rules are, and what several of them need."""
+"""What several rules need."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from gracile.graph.axes import COUNTS_POSITIONS, Expr, fresh, is_fixed, unify
+from gracile.graph.algebra import unify
+from gracile.graph.axes import COUNTS_POSITIONS, Expr, fresh, is_fixed
 from gracile.graph.recorder import NOWHERE, Axis, Call, Value
-
-Rule = Callable[[Call], None]
 
 
 def spatial(n: int) -> Expr:

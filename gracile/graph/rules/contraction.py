@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from gracile.graph.axes import Expr, mark_inexact, mark_kind
-from gracile.graph.recorder import Call, Value
-from gracile.graph.rules.base import Rule, broadcast, free, meet
+from gracile.graph.recorder import Call, Rule, Value
+from gracile.graph.rules.base import broadcast, free, meet
 
 BETWEEN_ACTIVATIONS = "it is summed over between two activations"
 

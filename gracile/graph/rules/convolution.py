@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from gracile.graph.axes import COUNTS_KERNEL, Expr, freeze, split_expr, unify
-from gracile.graph.recorder import Call, Unfollowed
-from gracile.graph.rules.base import Rule, meet, spatial
+from gracile.graph.algebra import split_expr, unify
+from gracile.graph.axes import COUNTS_KERNEL, Expr, freeze
+from gracile.graph.recorder import Call, Rule, Unfollowed
+from gracile.graph.rules.base import meet, spatial
 
 
 def convolution(call: Call) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from gracile.graph.axes import fresh
-from gracile.graph.recorder import NOWHERE, Call
-from gracile.graph.rules.base import Rule, follow
+from gracile.graph.recorder import NOWHERE, Call, Rule
+from gracile.graph.rules.base import follow
 
 
 def constant(call: Call) -> None:

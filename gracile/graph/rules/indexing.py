@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from gracile.graph.axes import Expr, freeze, fresh
-from gracile.graph.recorder import NOWHERE, Call, Value
-from gracile.graph.rules.base import Rule, broadcast, follow, wrap
+from gracile.graph.recorder import NOWHERE, Call, Rule, Value
+from gracile.graph.rules.base import broadcast, follow, wrap
 
 VOCABULARY = "it is the vocabulary of an embedding"
 INDEXED = "its entries are picked by index"
@@ -62,8 +62,9 @@ def index(call: Call) -> None:
     dims: list[Expr] = [value.dims[d] for d in rest]
     sources = [value.sources[d] for d in rest]
     is_weight = value.is_weight and all(v.is_weight for v in picked)
-    call.set(call.output, [*dims[:at], *looked_up, *dims[at:]], [*sources[:at], *[NOWHERE] * rank, *sources[at:]],
-             is_weight)
+    call.set(
+        call.output, [*dims[:at], *looked_up, *dims[at:]], [*sources[:at], *[NOWHERE] * rank, *sources[at:]], is_weight
+    )
 
 
 def gather(call: Call) -> None:
@@ -82,6 +83,8 @@ def write(call: Call) -> None:
     follow(call, call.output, call["self"])
 
 
+_WRITES = "scatter scatter_add scatter_reduce index_put _index_put_impl index_add index_copy masked_scatter index_fill"
+
 RULES: dict[str, Rule] = {
     "embedding": embedding,
     "embedding_renorm": gather,
@@ -91,6 +94,5 @@ RULES: dict[str, Rule] = {
     "index": index,
     "_unsafe_index": index,
     "gather": gather,
-    **dict.fromkeys(("scatter", "scatter_add", "scatter_reduce", "index_put", "_index_put_impl", "index_add",
-                     "index_copy", "masked_scatter", "index_fill"), write),
+    **dict.fromkeys(_WRITES.split(), write),
 }

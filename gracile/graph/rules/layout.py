@@ -7,9 +7,21 @@ from math import prod
 
 from torch import Tensor
 
-from gracile.graph.axes import COUNTS_GROUPS, COUNTS_PIXELS, COUNTS_REPEATED, Expr, Factor, freeze, fresh, frozen_reason, resolve, size, split_expr
-from gracile.graph.recorder import NOWHERE, Axis, Call, Unfollowed, Value
-from gracile.graph.rules.base import Rule, spatial, wrap
+from gracile.graph.algebra import split_expr
+from gracile.graph.axes import (
+    COUNTS_GROUPS,
+    COUNTS_PIXELS,
+    COUNTS_REPEATED,
+    Expr,
+    Factor,
+    freeze,
+    fresh,
+    frozen_reason,
+    resolve,
+    size,
+)
+from gracile.graph.recorder import NOWHERE, Axis, Call, Rule, Unfollowed, Value
+from gracile.graph.rules.base import spatial, wrap
 
 UNALIGNED = "a reshape mixes it with other axes"
 

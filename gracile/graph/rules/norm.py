@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gracile.graph.axes import COUNTS_GROUPS, Expr, freeze, fresh, mark_inexact, split_expr, unify
-from gracile.graph.recorder import Call, Unfollowed
-from gracile.graph.rules.base import Rule
+from gracile.graph.algebra import split_expr, unify
+from gracile.graph.axes import COUNTS_GROUPS, Expr, freeze, fresh, mark_inexact
+from gracile.graph.recorder import Call, Rule, Unfollowed
 
 
 def batch_norm(call: Call) -> None:
@@ -71,12 +71,13 @@ def weight_norm(call: Call) -> None:
         call.set(other, [fresh(n, "it is a norm of a weight") for n in other.shape])
 
 
+_BATCH_NORMS = (
+    "native_batch_norm _native_batch_norm_legit_no_training _native_batch_norm_legit cudnn_batch_norm batch_norm "
+    "_batch_norm_no_update _batch_norm_with_update miopen_batch_norm"
+)
+
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(
-        ("native_batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit", "cudnn_batch_norm",
-         "batch_norm", "_batch_norm_no_update", "_batch_norm_with_update", "miopen_batch_norm"),
-        batch_norm,
-    ),
+    **dict.fromkeys(_BATCH_NORMS.split(), batch_norm),
     **dict.fromkeys(("native_layer_norm", "_fused_rms_norm", "rms_norm"), layer_norm),
     "native_group_norm": group_norm,
     "_weight_norm_interface": weight_norm,

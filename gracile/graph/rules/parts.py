@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gracile.graph.axes import COUNTS_STACKED, Expr, concatenate, freeze, fresh, frozen_reason, is_fixed, resolve, size, slice_expr
-from gracile.graph.axes import split_expr
-from gracile.graph.recorder import NOWHERE, Axis, Call, Value
-from gracile.graph.rules.base import Rule, broadcast, free, wrap
+from gracile.graph.algebra import slice_expr, split_expr
+from gracile.graph.axes import COUNTS_STACKED, Expr, concatenate, freeze, fresh, frozen_reason, is_fixed, resolve, size
+from gracile.graph.recorder import NOWHERE, Axis, Call, Rule, Value
+from gracile.graph.rules.base import broadcast, free, wrap
 
 
 def slice_(call: Call) -> None:
@@ -88,8 +88,10 @@ def cat(call: Call) -> None:
 
 def _shared(values: list[Value], output: Tensor, dim: int) -> tuple[list[Expr], list[frozenset[Axis]], bool]:
     """Dimensions other than `dim`, unified over all operands."""
-    blank = [Value([(), *v.dims[:dim], *v.dims[dim + 1 :]], [NOWHERE, *v.sources[:dim], *v.sources[dim + 1 :]],
-                   v.is_weight) for v in values]
+    blank = [
+        Value([(), *v.dims[:dim], *v.dims[dim + 1 :]], [NOWHERE, *v.sources[:dim], *v.sources[dim + 1 :]], v.is_weight)
+        for v in values
+    ]
     shape = [1, *output.shape[:dim], *output.shape[dim + 1 :]]
     dims, sources, is_weight = broadcast(blank, shape)
     joined = NOWHERE.union(*(v.sources[dim] for v in values))
@@ -140,12 +142,15 @@ def glu(call: Call) -> None:
     _replace(call, tensor, call.output, dim, resolve(dims[0]))
 
 
+_SPLITS = (
+    "split split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk split_copy split_with_sizes_copy"
+)
+
 RULES: dict[str, Rule] = {
     "slice": slice_,
     "select": select,
     "unbind": unbind,
-    **dict.fromkeys(("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk", "unsafe_chunk",
-                     "split_copy", "split_with_sizes_copy"), split),
+    **dict.fromkeys(_SPLITS.split(), split),
     "cat": cat,
     "stack": stack,
     "constant_pad_nd": constant_pad,

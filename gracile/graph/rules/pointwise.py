@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gracile.graph.recorder import Call
-from gracile.graph.rules.base import Rule, broadcast, follow
+from gracile.graph.recorder import Call, Rule
+from gracile.graph.rules.base import broadcast, follow
 
 
 def pointwise(call: Call) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from gracile.graph.axes import freeze
-from gracile.graph.recorder import Call
-from gracile.graph.rules.base import Rule, spatial
+from gracile.graph.recorder import Call, Rule
+from gracile.graph.rules.base import spatial
 
 
 def _over_last(count: int) -> Rule:
@@ -19,15 +19,15 @@ def _over_last(count: int) -> Rule:
 
 
 _FAMILIES = (
-    "avg_pool{}d", "max_pool{}d_with_indices", "max_pool{}d", "adaptive_avg_pool{}d", "_adaptive_avg_pool{}d",
-    "adaptive_max_pool{}d", "fractional_max_pool{}d", "reflection_pad{}d", "replication_pad{}d",
-    "upsample_nearest{}d", "_upsample_nearest_exact{}d", "mkldnn_max_pool{}d", "mkldnn_adaptive_avg_pool{}d",
+    "avg_pool{}d max_pool{}d_with_indices max_pool{}d adaptive_avg_pool{}d _adaptive_avg_pool{}d adaptive_max_pool{}d "
+    "fractional_max_pool{}d reflection_pad{}d replication_pad{}d upsample_nearest{}d _upsample_nearest_exact{}d "
+    "mkldnn_max_pool{}d mkldnn_adaptive_avg_pool{}d"
 )
+_PLANAR = "upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa"
 
-RULES: dict[str, Rule] = {family.format(n): _over_last(n) for family in _FAMILIES for n in (1, 2, 3)}
-RULES |= {
+RULES: dict[str, Rule] = {
+    **{family.format(n): _over_last(n) for family in _FAMILIES.split() for n in (1, 2, 3)},
     "upsample_linear1d": _over_last(1),
-    **dict.fromkeys(("upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
-                    _over_last(2)),
+    **dict.fromkeys(_PLANAR.split(), _over_last(2)),
     "upsample_trilinear3d": _over_last(3),
 }

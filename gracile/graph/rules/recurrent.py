@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from gracile.graph.axes import COUNTS_GATES, Expr, fresh, mark_kind, size, unify
-from gracile.graph.recorder import Call
-from gracile.graph.rules.base import Rule, meet
+from gracile.graph.algebra import unify
+from gracile.graph.axes import COUNTS_GATES, Expr, fresh, mark_kind, size
+from gracile.graph.recorder import Call, Rule
+from gracile.graph.rules.base import meet
 
 
 def lstm_layer(call: Call) -> None:

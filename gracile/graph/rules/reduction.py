@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from gracile.graph.axes import Expr, freeze, mark_inexact
-from gracile.graph.recorder import NOWHERE, Call
-from gracile.graph.rules.base import Rule, follow, spatial, wrap
+from gracile.graph.recorder import NOWHERE, Call, Rule
+from gracile.graph.rules.base import follow, spatial, wrap
 
 
 def _chosen(call: Call, ndim: int) -> set[int]:
