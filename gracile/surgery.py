@@ -73,7 +73,7 @@ def edit_from_json(data: dict[str, Any]) -> Edit:
                 for k, v in data["attributes"].items()
             }
             return Resize(keep, attributes)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ArtifactError(f"An edit in the journal cannot be read: {error!r}.") from error
     raise ArtifactError(f"An edit in the journal is of an unknown kind: {data['edit']!r}.")
 
@@ -83,10 +83,12 @@ def _swap(model: nn.Module, edit: Swap) -> None:
         old = model.get_submodule(edit.name)
     except AttributeError as error:
         raise ArtifactError(f"Swap: the model ({type(model).__name__}) has no layer '{edit.name}'.") from error
+    if old is model:
+        raise ArtifactError("Swap: the model itself cannot be replaced, only a layer in it.")
     new = build_layer(edit.layer, edit.config, old)
     new.train(old.training)
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):  # named_children() gives a child held twice only once
             if child is old:
                 setattr(parent, name, new)
 
@@ -97,9 +99,12 @@ def _resize(model: nn.Module, edit: Resize) -> None:
         name, _, axis = key.rpartition(":")
         owner, _, attribute = name.rpartition(".")
         try:
-            tensor = getattr(model.get_submodule(owner), attribute)
-        except AttributeError as error:
+            module = model.get_submodule(owner)
+            tensor = module._parameters[attribute] if attribute in module._parameters else module._buffers[attribute]
+        except (AttributeError, KeyError) as error:
             raise ArtifactError(f"Resize: the model ({type(model).__name__}) has no parameter '{name}'.") from error
+        if not isinstance(tensor, Tensor) or not axis.isdecimal():
+            raise ArtifactError(f"Resize: '{key}' does not name a parameter or buffer and its axis.")
         cuts.setdefault(id(tensor), (tensor, name, {}))[2][int(axis)] = indices
     for tensor, name, axes in cuts.values():
         cut = tensor
@@ -125,9 +130,10 @@ def _rebind(model: nn.Module, old: Tensor, new: Tensor) -> None:
 
 
 def _cut(name: str, tensor: Tensor, axis: int, indices: tuple[int, ...]) -> Tensor:
-    if axis >= tensor.ndim or (indices and max(indices) >= tensor.shape[axis]):
+    if axis >= tensor.ndim or not indices or min(indices) < 0 or max(indices) >= tensor.shape[axis]:
         raise ArtifactError(
-            f"Resize: '{name}' has shape {tuple(tensor.shape)}, so axis {axis} cannot keep index {max(indices)}.\n"
+            f"Resize: '{name}' has shape {tuple(tensor.shape)}, so axis {axis} cannot keep "
+            f"{f'indices {min(indices)} to {max(indices)}' if indices else 'no index at all'}.\n"
             f"  The edits were made for another model: pass an instance built as the original was."
         )
     kept = tensor.detach().index_select(axis, torch.tensor(indices, device=tensor.device)).contiguous()
@@ -141,6 +147,8 @@ def _set_attribute(model: nn.Module, path: str, value: int | tuple[int, ...]) ->
 
     Only integers, and tuples or lists of integers, that are there already: a journal can change nothing else.
     """
+    if "__" in path:
+        raise ArtifactError(f"Resize: '{path}' is not an attribute that can be resized.")
     owner_path, _, attribute = path.rpartition(".")
     owner: Any = model
     try:
@@ -150,7 +158,7 @@ def _set_attribute(model: nn.Module, path: str, value: int | tuple[int, ...]) ->
     except (AttributeError, ValueError, IndexError) as error:
         raise ArtifactError(f"Resize: the model ({type(model).__name__}) has no attribute '{path}'.") from error
     integers = old if isinstance(old, (list, tuple)) else (old,)
-    if "__" in path or not all(isinstance(i, int) for i in integers):
+    if not all(isinstance(i, int) and not isinstance(i, bool) for i in integers):
         raise ArtifactError(f"Resize: '{path}' is not an integer, or a list of integers, and cannot be resized.")
     setattr(owner, attribute, list(value) if isinstance(old, list) and isinstance(value, tuple) else value)
 

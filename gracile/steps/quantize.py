@@ -116,6 +116,10 @@ class Quantize(Step):
                 recorder.skip(name, type(module).__name__, "quantized already")
             elif quantized_kind(module) is None:
                 recorder.skip(name, type(module).__name__, f"no quantized layer stands for a {type(module).__name__}")
+            elif not name:
+                recorder.skip(
+                    "model", type(module).__name__, "the model is itself a layer; wrap it: nn.Sequential(model)"
+                )
             elif name in shared:
                 recorder.skip(name, type(module).__name__, f"shares its weight with '{shared[name]}'")
             else:
