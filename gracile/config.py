@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -24,8 +24,8 @@ def to_config(value: Any) -> Any:
     return {"type": type(value).__name__}
 
 
-def from_config(config: Any, classes: Mapping[str, type]) -> Any:
-    """The setting that `to_config` wrote; `classes` are the dataclasses it may name. Lists become tuples.
+def from_config(config: Any, classes: Mapping[str, Callable[..., Any]]) -> Any:
+    """The setting that `to_config` wrote; `classes` are the dataclasses (or makers) it may name. Lists become tuples.
 
     Raises ConfigError for a class not among `classes`, an unknown field, or a callable (which JSON cannot carry).
     """
@@ -38,8 +38,8 @@ def from_config(config: Any, classes: Mapping[str, type]) -> Any:
     name = config.get("type")
     if name is None:
         return {key: from_config(value, classes) for key, value in config.items()}
-    if name not in classes:
-        raise ConfigError(f"Unknown type '{name}'.\n  Known: {', '.join(sorted(classes))}.")
+    if not isinstance(name, str) or name not in classes:
+        raise ConfigError(f"Unknown type {name!r}.\n  Known: {', '.join(sorted(classes))}.")
     values = {key: from_config(value, classes) for key, value in config.items() if key != "type"}
     try:
         return classes[name](**values)

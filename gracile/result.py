@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from gracile.artifact import save_model
+from gracile.artifact import JOURNAL, save_model
+from gracile.errors import RunError
 from gracile.files import write_directory
 from gracile.report.model import Report
 from gracile.surgery import Edit
@@ -35,9 +36,11 @@ class Result:
     def save(self, directory: str | Path) -> Path:
         """Write the artifact: weights, journal, report (JSON and HTML) and exported models; atomically.
 
-        Whatever stood at `directory` stays until the new artifact is complete. Raises RunError where the disk refuses.
+        An older artifact at `directory` stays until the new one is complete, which then takes its place. Raises
+        RunError where the disk refuses, or where the directory holds something else, which is left alone.
         """
         directory = Path(directory)
+        check_destination(directory)
 
         def fill(temporary: Path) -> None:
             save_model(self.model, temporary, self.edits, self.provenance)
@@ -50,3 +53,15 @@ class Result:
 
         write_directory(directory, fill)
         return directory
+
+
+def check_destination(directory: str | Path) -> None:
+    """Raise RunError if an artifact cannot be put at `directory`: something stands there that is not one."""
+    path = Path(directory)
+    if path.is_dir() and any(path.iterdir()) and not (path / JOURNAL).is_file():
+        raise RunError(
+            f"'{path}' is a directory with other things in it, which saving there would replace.\n"
+            f"  Name a new directory, an empty one, or one with an earlier artifact."
+        )
+    if path.exists() and not path.is_dir():
+        raise RunError(f"'{path}' is a file; an artifact is a directory.\n  Name another place.")

@@ -1,0 +1,82 @@
+"""Recipes as JSON: what `to_config` writes of any step, read back; and number formats by their short names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import is_dataclass
+from typing import Any
+
+from gracile import allocate, criteria, formats, goal, losses, patterns, ranges, targets
+from gracile.config import from_config
+from gracile.errors import ConfigError
+from gracile.formats import W4A16, W8A8, W8A16, FixedPoint, Format, Int, Scheme
+from gracile.recipe import Recipe, Step, only
+from gracile.steps import SGD, AdamW, Distill, Finetune, Prune, Quantize
+
+SCHEME_NAMES = "w8a8, w8a16, w4a16[:group], int2 ... int8 or fixed:factor"
+
+
+def recipe_from_json(config: Any) -> Step:
+    """The step that `to_config` wrote as plain data; equal to the original in every field.
+
+    A list is a recipe of its steps, and the scheme of a Quantize may be a short name ("w8a8"; see `scheme_named`).
+    Raises ConfigError for an unknown type or field, an impossible setting, or what is no step.
+    """
+    if isinstance(config, list):
+        config = {"type": "Recipe", "steps": config}
+    step = from_config(config, classes())
+    if not isinstance(step, Step):
+        raise ConfigError(
+            f"A recipe in JSON is an object with a 'type' (Prune, Quantize, Distill, Finetune, Recipe, Only) or a list "
+            f"of them, not {_shown(config)}.\n"
+            f'  For example: [{{"type": "Prune", "fraction": 0.3}}, {{"type": "Quantize", "scheme": "w8a8"}}]'
+        )
+    return step
+
+
+def classes() -> dict[str, Callable[..., Any]]:
+    """What a recipe may name: steps, and the public settings of every family that they are made of."""
+    families = (criteria, losses, ranges, formats, targets)
+    members = [getattr(family, name) for family in families for name in family.__all__]
+    members += [patterns.Unstructured, patterns.NM, patterns.Channels, patterns.Heads]
+    members += [allocate.Uniform, allocate.GlobalRank, goal.MACs, goal.Parameters, goal.Bytes, goal.Latency]
+    members += [Distill, Finetune, Prune, SGD, AdamW]
+    found = {m.__name__: m for m in members if isinstance(m, type) and is_dataclass(m)}
+    return found | {"Recipe": _recipe, "Only": _only, "Quantize": _quantize}
+
+
+def scheme_named(name: str) -> Scheme | Format:
+    """The scheme or format with a short name: w8a8, w8a16, w4a16 (groups of 128), w4a16:32, int2 ... int8, fixed:256.
+
+    int<b> are weights of b bits with one scale per output channel; fixed:<f> is round(x · f) / f. Raises ConfigError.
+    """
+    fixed: dict[str, Scheme] = {"w8a8": W8A8, "w8a16": W8A16}
+    key, _, amount = name.strip().lower().partition(":")
+    if key in fixed and not amount:
+        return fixed[key]
+    if key == "w4a16" and re.fullmatch(r"|[1-9]\d*", amount):
+        return W4A16(int(amount)) if amount else W4A16()
+    if re.fullmatch(r"int[2-8]", key) and not amount:
+        return Int(int(key[3:]))
+    if key == "fixed" and re.fullmatch(r"\d+(\.\d+)?", amount):
+        factor = float(amount)
+        return FixedPoint(int(factor) if factor.is_integer() else factor)
+    raise ConfigError(f"'{name}' is not a number format.\n  Use {SCHEME_NAMES}.")
+
+
+def _recipe(steps: Any) -> Recipe:
+    return Recipe(*steps)
+
+
+def _only(patterns: Any, step: Any) -> Step:
+    return only(patterns, step)
+
+
+def _quantize(scheme: Any, **settings: Any) -> Quantize:
+    return Quantize(scheme_named(scheme) if isinstance(scheme, str) else scheme, **settings)
+
+
+def _shown(config: Any) -> str:
+    text = repr(config)
+    return text if len(text) <= 60 else f"{text[:57]}..."
