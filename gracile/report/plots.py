@@ -92,6 +92,7 @@ def layer_bars(views: list[LayerView], width: int) -> str | None:
     named = len(views) <= LABELLED_LAYERS and width > 500
     longest = max(len(_short(v.name)) for v in views) if named else 0
     figure, grid = _figure(width, 130 * len(panels) + (6 * longest + 20 if named else 30), rows=len(panels))
+    grid = [grid] if len(panels) == 1 else grid
     for axes, (title, values, top) in zip(grid, panels):
         heights = [value if is_number(value) else 0.0 for value in values]
         if len(views) <= SINGLE_BARS:
