@@ -26,10 +26,13 @@ def save_model(model: nn.Module, directory: Path, edits: Sequence[Edit], provena
     """Write `model.safetensors` and `compression.json` into an existing directory.
 
     edits: all edits made since the model was built by its class, in order. provenance: JSON data kept beside them
-    (recipe, seed, versions, ...), not needed to load.
+    (recipe, seed, versions, ...), not needed to load. Raises OSError where the disk refuses.
     """
     tensors, tied = _unique_tensors(model)
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    try:
+        save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:  # what it makes of a full disk
+        raise OSError(str(error)) from error
     cls = type(model)
     journal = {
         "schema": SCHEMA,
@@ -145,7 +148,7 @@ def _unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]
 def _fill(model: nn.Module, tensors: dict[str, Tensor], journal: dict[str, Any], directory: Path) -> None:
     state = dict(tensors)
     for name, source in journal["tied"].items():
-        if source not in tensors:
+        if not isinstance(source, str) or source not in tensors:
             raise ArtifactError(f"'{directory}': '{name}' is tied to '{source}', which is missing.")
         state[name] = tensors[source]
     own = model.state_dict(keep_vars=True)

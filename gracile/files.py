@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,15 +31,15 @@ def write_bytes(path: str | Path, content: bytes) -> None:
     path = Path(path)
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = _beside(path)
         try:
-            with os.fdopen(handle, "wb") as file:
+            with open(temporary, "xb") as file:  # not tempfile, whose files are for their owner alone
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
 
@@ -54,23 +54,30 @@ def write_directory(path: str | Path, fill: Callable[[Path], None]) -> None:
     An older directory at `path` stays as it was until the new one is complete, and if `fill` fails. Raises RunError
     for what the disk refuses.
     """
-    path = Path(path)
+    path = Path(os.path.abspath(path))  # also where it is "."
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        temporary, old = _beside(path), _beside(path)
         try:
+            temporary.mkdir()
             fill(temporary)
-            os.chmod(temporary, 0o755)
             if path.exists():
-                old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-                os.replace(path, old / path.name)
+                os.replace(path, old)
+            try:
                 os.replace(temporary, path)
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                os.replace(temporary, path)
+            except BaseException:
+                if old.exists():
+                    os.replace(old, path)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def _beside(path: Path) -> Path:
+    """A new hidden name in the same directory, hence on the same disk."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
 
 
 def sha256_file(path: str | Path) -> str:
