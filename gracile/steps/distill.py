@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -80,7 +82,6 @@ class Distill(Step):
         assert data.train is not None
         split = split_training(data.train, self.held_out, context.generator("held out"))
         recorder.notes.append(split.note)
-        context.teacher.eval()
 
         def objective(net: nn.Module, batch: Batch) -> Tensor:
             outputs = data.forward(net, batch)
@@ -93,7 +94,8 @@ class Distill(Step):
             return loss
 
         schedule = Schedule(self.epochs, self.optimizer or default_optimizer(model), self.mixed_precision)
-        train(model, objective, split, schedule, context, recorder)
+        with _evaluating(context.teacher):
+            train(model, objective, split, schedule, context, recorder)
         recorder.layers.append(LayerRow(name="(all)", kind=type(model).__name__, action="trained"))
         return recorder.record()
 
@@ -140,12 +142,20 @@ class Finetune(Step):
 
 
 def _answers(model: nn.Module, batch: Batch, context: Context) -> Tensor:
-    training = model.training
+    with _evaluating(model):
+        return logits_of(context.data.forward(model, batch))
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode for a while; it may be the user's own, and is left as it was."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        return logits_of(context.data.forward(model, batch))
+        yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def _check_training(step: Step, epochs: int, held_out: float) -> None:

@@ -43,10 +43,25 @@ def train(
 
     Weights that are exactly zero in a layer with zeros stay zero; quantized layers stay on their grids. The start
     counts as epoch 0: training that only harms is undone. With `context.directory`, every epoch is saved there, and a
-    run that was interrupted goes on after the last one. The mode and `requires_grad` are restored.
+    run that was interrupted goes on after the last one. Modes and `requires_grad` are restored, also after an error.
     """
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    mode = model.training
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.enable_grad():
+            _fit(model, objective, split, schedule, context, recorder)
+    finally:
+        end_training(model)
+        for module, training in modes:
+            module.training = training
+        for name, p in model.named_parameters():
+            p.requires_grad_(flags.get(name, True))
+            p.grad = None
+
+
+def _fit(
+    model: nn.Module, objective: Objective, split: Split, schedule: Schedule, context: Context, recorder: Recorder
+) -> None:
     zeros = _Zeros(model)
     begin_training(model)
     zeros.follow(model)
@@ -72,11 +87,6 @@ def train(
         state.finish_epoch(_validate(model, objective, split.validation))
     best = state.restore_best()
     zeros.restore()
-    end_training(model)
-    model.train(mode)
-    for name, p in model.named_parameters():
-        p.requires_grad_(flags.get(name, True))
-        p.grad = None
     _record(recorder, state.history, best)
 
 
@@ -103,7 +113,10 @@ def _step(model: nn.Module, objective: Objective, batch: Batch, optimizer: torch
 
 
 def _validate(model: nn.Module, objective: Objective, batches: Iterable[Batch]) -> float:
-    """Mean objective over the held-out examples; infinity where there are none, so that the last epoch wins."""
+    """Mean objective over the held-out examples; NaN where it is not finite, so that this epoch never wins.
+
+    Infinity where there are no such examples, so that the last epoch does.
+    """
     model.eval()
     total, count = 0.0, 0
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -112,13 +125,17 @@ def _validate(model: nn.Module, objective: Objective, batches: Iterable[Batch]) 
             n = batch_size(batch)
             total += float(objective(model, batch)) * n
             count += n
-    return total / count if count else math.inf
+    if not count:
+        return math.inf
+    return total / count if math.isfinite(total) else math.nan
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, peak: float, progress: float) -> None:
     warm_up = 0.05
     rate = (
-        progress / warm_up if progress < warm_up else (1 + math.cos(math.pi * (progress - warm_up) / (1 - warm_up))) / 2
+        progress / warm_up
+        if progress < warm_up
+        else (1 + math.cos(math.pi * (min(progress, 1.0) - warm_up) / (1 - warm_up))) / 2
     )
     for group in optimizer.param_groups:
         group["lr"] = peak * max(rate, 1e-3)
@@ -156,7 +173,7 @@ class _State:
         self.best: dict[str, Tensor] = {}
 
     def finish_epoch(self, loss: float) -> None:
-        if not self.history or loss < min(self.history) or math.isinf(loss):
+        if not self.history or math.isinf(loss) or loss < _lowest(self.history):
             self.best = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
         self.history.append(loss)
         if self.directory is not None and len(self.history) > 1:
@@ -193,7 +210,12 @@ class _State:
     def restore_best(self) -> int:
         """Put the best weights into the model and return their epoch."""
         self.model.load_state_dict(self.best)
-        losses = self.history
-        if math.isinf(losses[-1]):
-            return len(losses) - 1
-        return min(range(len(losses)), key=lambda i: losses[i])
+        if math.isinf(self.history[-1]):
+            return len(self.history) - 1
+        lowest = _lowest(self.history)
+        return self.history.index(lowest) if lowest < math.inf else 0
+
+
+def _lowest(losses: list[float]) -> float:
+    """The lowest that is a number; infinity where none is."""
+    return min((x for x in losses if not math.isnan(x)), default=math.inf)

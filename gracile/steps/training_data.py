@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset
+from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler, Subset
 
 from gracile.data import Batch
 from gracile.errors import DataError
@@ -32,8 +32,9 @@ class Split:
 def split_training(train: Iterable[Batch], fraction: float, generator: torch.Generator) -> Split:
     """Hold out about `fraction` of the training examples.
 
-    A DataLoader over an indexed dataset is split by examples, so that shuffling cannot mix the parts; anything else by
-    batches: those at fixed, randomly chosen positions are held out.
+    A DataLoader over an indexed dataset is split by examples, of those that its sampler draws, so that shuffling cannot
+    mix the parts; anything else by batches: those at fixed, randomly chosen positions are held out, which keeps the
+    parts apart if its batches come in the same order each time.
     """
     if isinstance(train, DataLoader) and _splittable(train):
         return _split_examples(train, fraction, generator)
@@ -41,7 +42,7 @@ def split_training(train: Iterable[Batch], fraction: float, generator: torch.Gen
     count = len(batches) if batches is not None else sum(1 for _ in train)
     if count == 0:
         raise DataError("The training data hold no batches.")
-    held = max(1, round(fraction * count)) if count > 1 and fraction > 0 else 0
+    held = _held(count, fraction)
     positions = set(torch.randperm(count, generator=generator)[:held].tolist())
     note = (
         f"{held} of {count} batches held out to choose the epoch"
@@ -54,36 +55,70 @@ def split_training(train: Iterable[Batch], fraction: float, generator: torch.Gen
     return Split(_At(train, positions, False), _At(train, positions, True), count - held, note)
 
 
+def _held(count: int, fraction: float) -> int:
+    """How many of `count` are held out: at least one if any, and never all."""
+    return min(max(1, round(fraction * count)), count - 1) if fraction > 0 else 0
+
+
 def _splittable(loader: DataLoader[Any]) -> bool:
     return (
-        loader.batch_size is not None
+        loader.batch_size is not None  # a batch sampler of the user's own deals in batches
         and hasattr(loader.dataset, "__len__")
         and hasattr(loader.dataset, "__getitem__")
-        and type(loader.sampler) in (RandomSampler, SequentialSampler)
+        and isinstance(loader.sampler, Sized)
     )
 
 
 def _split_examples(loader: DataLoader[Any], fraction: float, generator: torch.Generator) -> Split:
-    count = len(loader.dataset)  # type: ignore[arg-type]
-    if count == 0:
+    sampler: Any = loader.sampler
+    drawn = sorted(set(sampler))  # a sampler may leave out examples, which are then none of ours
+    if not drawn:
         raise DataError("The training data hold no examples.")
-    held = max(1, round(fraction * count)) if count > 1 and fraction > 0 else 0
-    order = torch.randperm(count, generator=generator).tolist()
+    held = _held(len(drawn), fraction)
+    order = torch.randperm(len(drawn), generator=generator).tolist()
+    out = sorted(drawn[i] for i in order[:held])
+    batch = loader.batch_size or 1
 
-    def part(indices: list[int], shuffle: bool) -> DataLoader[Any]:
+    def part(dataset: Any, sampler: Any, drop_last: bool) -> DataLoader[Any]:
         return DataLoader(
-            Subset(loader.dataset, indices),
-            batch_size=loader.batch_size,
-            shuffle=shuffle,
+            dataset,
+            batch_size=batch,
+            sampler=sampler,
             num_workers=loader.num_workers,
             collate_fn=loader.collate_fn,
-            drop_last=loader.drop_last and shuffle and len(indices) > (loader.batch_size or 1),
+            drop_last=drop_last,
+            worker_init_fn=loader.worker_init_fn,
         )
 
-    train = part(sorted(order[held:]), isinstance(loader.sampler, RandomSampler))
-    validation = part(sorted(order[:held]), False) if held else []
-    note = f"{held} of {count} training examples held out to choose the epoch"
+    kept = len(drawn) - held
+    drop_last = loader.drop_last and kept > batch
+    if type(sampler) in (RandomSampler, SequentialSampler) and len(sampler) == len(drawn):
+        subset = Subset(loader.dataset, sorted(drawn[i] for i in order[held:]))
+        shuffled = isinstance(sampler, RandomSampler)
+        train = part(subset, RandomSampler(subset) if shuffled else SequentialSampler(subset), drop_last)
+    else:
+        train = part(loader.dataset, _Without(sampler, frozenset(out)), drop_last)
+    validation: Iterable[Batch] = part(Subset(loader.dataset, out), None, False) if held else []
+    note = (
+        f"{held} of {len(drawn)} training examples held out to choose the epoch"
+        if held
+        else "no data held out; the last epoch is kept"
+    )
     return Split(train, validation, len(train), note)
+
+
+class _Without(Sampler[int]):
+    """What another sampler draws, less the examples held out."""
+
+    def __init__(self, source: Any, out: frozenset[int]) -> None:
+        self.source, self.out = source, out
+
+    def __iter__(self) -> Iterator[int]:
+        return (i for i in self.source if i not in self.out)
+
+    def __len__(self) -> int:
+        """About: how often a sampler draws an example again is not known."""
+        return max(1, len(self.source) - len(self.out))
 
 
 @dataclass(frozen=True)
