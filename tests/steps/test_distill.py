@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from gracile.context import Context
+from gracile.data import Data
+from gracile.errors import ConfigError, DataError
+from gracile.losses import HardLabels, SoftLabels, cross_entropy
+from gracile.steps import SGD, Distill, Finetune
+
+X = torch.randn(32, 5, generator=torch.Generator().manual_seed(0))
+Y = torch.randint(0, 3, (32,), generator=torch.Generator().manual_seed(1))
+ONE_STEP = SGD(learning_rate=0.5, momentum=0, weight_decay=0)
+
+
+def linear(seed: int, classes: int = 3) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, classes))
+
+
+def context(teacher: nn.Module, **data: Any) -> Context:
+    return Context(Data(**{"train": [(X, Y)], "loss": cross_entropy, **data}), teacher, teacher)
+
+
+def softmax(z: np.ndarray) -> np.ndarray:
+    e = np.exp(z - z.max(1, keepdims=True))
+    return np.asarray(e / e.sum(1, keepdims=True))
+
+
+@pytest.mark.parametrize("label_weight", [0.0, 0.25])
+def test_one_step_is_that_of_the_formula_in_numpy(label_weight: float) -> None:
+    """τ²·KL has the gradient τ·(softmax(s/τ) − softmax(t/τ)) in the logits; the first step of warm-up has rate 1e-3."""
+    student, teacher, tau = linear(0), linear(1), 3.0
+    x, y = X.double().numpy(), Y.numpy()
+    w, b = (p.detach().double().numpy() for p in student[0].parameters())
+    s = x @ w.T + b
+    t = x @ teacher[0].weight.detach().double().numpy().T + teacher[0].bias.detach().double().numpy()
+    delta = (1 - label_weight) * tau * (softmax(s / tau) - softmax(t / tau))
+    delta += label_weight * (softmax(s) - np.eye(3)[y])
+    step = Distill(losses=(SoftLabels(tau),), label_weight=label_weight, optimizer=SGD(100.0, 0, 0), held_out=0)
+    step(student, context(teacher))
+    # Rate 100 · 1e-3; float32 weights of size 0.4 hold changes to 3e-8.
+    np.testing.assert_allclose(student[0].weight.detach(), w - 0.1 * delta.T @ x / 32, atol=2e-6)
+    np.testing.assert_allclose(student[0].bias.detach(), b - 0.1 * delta.mean(0), atol=2e-6)
+
+
+def test_losses_add_up() -> None:
+    moved = []
+    for losses in ((SoftLabels(2.0),), (HardLabels(),), (SoftLabels(2.0), HardLabels())):
+        student = linear(0)
+        before = student[0].weight.detach().clone()
+        Distill(losses=losses, optimizer=SGD(100.0, 0, 0), held_out=0)(student, context(linear(1)))
+        moved.append((student[0].weight - before).detach())
+    torch.testing.assert_close(moved[0] + moved[1], moved[2], rtol=0, atol=2e-6)
+
+
+def test_the_teacher_answers_in_eval_mode_and_is_left_as_it_was() -> None:
+    teacher = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.9), nn.Linear(8, 3)).train()
+    teacher[1].eval()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    modes: list[bool] = []
+    teacher.register_forward_hook(lambda module, *_: modes.append(any(m.training for m in module.modules())))
+    Distill(epochs=2)(linear(0), context(teacher))
+    assert modes and not any(modes)
+    assert [m.training for m in teacher] == [True, False, True, True]
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in teacher.parameters())
+
+
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn() -> None:
+    student = linear(0)
+    teacher = copy.deepcopy(student)
+    step = Distill(optimizer=SGD(10.0, 0, 0), held_out=0.5)
+    record = step(student, context(teacher, train=[(X[:16], Y[:16]), (X[16:], Y[16:])]))
+    assert record.numbers["held_out_loss_before"] == pytest.approx(0, abs=1e-6)
+    torch.testing.assert_close(student[0].weight, teacher[0].weight, rtol=0, atol=1e-6)
+
+
+def test_labels_are_not_needed_without_their_weight() -> None:
+    record = Distill()(linear(0), Context(Data(train=[X]), linear(1), linear(1)))
+    assert [(row.name, row.action) for row in record.layers] == [("(all)", "trained")]
+
+
+@pytest.mark.parametrize(
+    ("step", "data", "error", "message"),
+    [
+        (Distill(), Data(calibration=[X]), DataError, "needs training data"),
+        (Distill(label_weight=0.5), Data(train=[(X, Y)]), DataError, "needs a loss"),
+        (Distill(), Data(train=[]), DataError, "no batches"),
+        (Finetune(), Data(train=[(X, Y)]), DataError, "labelled training data and a loss"),
+        (Finetune(), Data(loss=cross_entropy), DataError, "labelled training data and a loss"),
+    ],
+)
+def test_data_that_cannot_train_are_refused_before_anything_is_changed(
+    step: Any, data: Data, error: type[Exception], message: str
+) -> None:
+    student = linear(0)
+    before = student[0].weight.detach().clone()
+    with pytest.raises(error, match=message):
+        step(student, Context(data, linear(1), linear(1)))
+    assert torch.equal(student[0].weight, before)
+
+
+def test_a_teacher_of_other_classes_is_refused_with_both_shapes_and_modes_restored() -> None:
+    student, teacher = linear(0).train(), linear(1, classes=4).train()
+    teacher[0].eval()
+    with pytest.raises(ConfigError, match=r"\(32, 3\).*\n?.*\(32, 4\)"):
+        Distill().check(student, context(teacher))
+    assert student.training and teacher.training and not teacher[0].training
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        lambda: Distill(losses=()),
+        lambda: Distill(losses=[SoftLabels()]),  # type: ignore[arg-type]
+        lambda: Distill(losses=("soft",)),
+        lambda: Distill(losses=SoftLabels()),  # type: ignore[arg-type]
+        lambda: Distill(epochs=0),
+        lambda: Distill(epochs=1.5),  # type: ignore[arg-type]
+        lambda: Distill(epochs=True),
+        lambda: Distill(label_weight=1),
+        lambda: Distill(label_weight=-0.1),
+        lambda: Distill(held_out=1),
+        lambda: Finetune(epochs=-1),
+        lambda: Finetune(held_out=-0.1),
+    ],
+)
+def test_impossible_settings_are_refused(bad: Any) -> None:
+    with pytest.raises(ConfigError):
+        bad()
+
+
+def test_titles_are_for_people() -> None:
+    assert (
+        Distill(losses=(SoftLabels(), HardLabels()), epochs=2).title
+        == "Distill with SoftLabels + HardLabels for 2 epochs"
+    )
+    assert Finetune().title == "Fine-tune for 1 epoch"
