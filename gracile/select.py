@@ -46,5 +46,13 @@ class Select:
         return Select(self.include, (*self.exclude, *patterns))
 
 
+def check_exclude(step: str, exclude: object) -> None:
+    """Raise ConfigError unless `exclude` is a tuple of patterns; one string would be read letter by letter."""
+    if not isinstance(exclude, (tuple, list)) or not all(isinstance(p, str) and p for p in exclude):
+        raise ConfigError(
+            f"{step}(exclude={exclude!r}): expected a tuple of layer name patterns, for example ('head', 'blocks.0.*')."
+        )
+
+
 def _match(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")

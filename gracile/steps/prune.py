@@ -15,6 +15,7 @@ from gracile.goal import Budget
 from gracile.patterns import NM, Channels, Heads, Unstructured
 from gracile.recipe import Recorder, Step
 from gracile.report.model import StepRecord
+from gracile.select import check_exclude
 from gracile.steps.prune_units import prune_units
 from gracile.steps.prune_weights import prune_weights
 
@@ -70,12 +71,13 @@ class Prune(Step):
                 f"Prune(to={self.to!r}): single weights do not change MACs or latency.\n"
                 f"  Use pattern=Channels(), or a fraction: Prune(0.5)."
             )
-        if not callable(self.criterion) or not hasattr(self.criterion, "needs"):
+        if not callable(self.criterion) or not hasattr(self.criterion, "needs") or isinstance(self.criterion, type):
             raise ConfigError(f"Prune(criterion={self.criterion!r}): not a criterion; try Magnitude() or Taylor().")
         if not isinstance(self.pattern, (Unstructured, NM, Channels, Heads)):
             raise ConfigError(f"Prune(pattern={self.pattern!r}): not a pattern; try Unstructured() or Channels().")
         if self.examples < 1:
             raise ConfigError(f"Prune(examples={self.examples}): expected at least 1.")
+        check_exclude("Prune", self.exclude)
 
     @property
     def cuts_units(self) -> bool:

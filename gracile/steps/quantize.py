@@ -18,7 +18,7 @@ from gracile.nn import QuantizedLayer, quantize_layer, quantized_kind
 from gracile.ranges import MSE, MinMax, Percentile
 from gracile.recipe import Recorder, Step
 from gracile.report.model import LayerRow, StepRecord
-from gracile.select import Select
+from gracile.select import Select, check_exclude
 from gracile.stats.collect import CONVOLUTIONS, collect_activations, first_batch
 from gracile.steps.correct import copy_model, correct_statistics
 from gracile.steps.fold import fold_batch_norms
@@ -56,6 +56,7 @@ class Quantize(Step):
             )
         if not isinstance(self.ranges, (MinMax, Percentile, MSE)):
             raise ConfigError(f"Quantize(ranges={self.ranges!r}): expected MinMax(), Percentile() or MSE().")
+        check_exclude("Quantize", self.exclude)
 
     @property
     def _scheme(self) -> Scheme:
