@@ -177,7 +177,7 @@ def build_groups(recorder: Recorder, ties: Mapping[Atom, str]) -> list[tuple[Gro
     order = {layer: i for i, layer in enumerate(recorder.call_order)}
     names: set[str] = set()
     found: list[tuple[int, Group, Atom]] = []
-    for atom, places in where.items():
+    for atom, places in sorted(where.items(), key=lambda entry: bool(entry[0].frozen)):  # the free are named first
         if atom.frozen and not _matters(recorder, atom, places):
             continue
         members = tuple(_member(recorder, atom, *place) for place in places)

@@ -158,6 +158,13 @@ class Recorder(TorchDispatchMode):
         """Identity of the tensor's present content."""
         return id(tensor), self._versions.get(id(tensor), 0)
 
+    def take_inputs(self, tree: Any, reason: str) -> None:
+        """Make the tensors in a nested structure data with fixed dimensions, whatever made them."""
+        self.freeze_tensors(tree, reason)
+        for tensor in tensors_in(tree):
+            if id(tensor) not in self.ids.values():
+                self.store(tensor, Value([fresh(n, reason) for n in tensor.shape], [NOWHERE] * tensor.ndim))
+
     def freeze_tensors(self, tree: Any, reason: str) -> None:
         """Freeze all dimensions of the tensors in a nested structure."""
         for tensor in tensors_in(tree):

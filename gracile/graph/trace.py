@@ -173,7 +173,7 @@ class _Watch:
 
     def _enter_root(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.seen_input = True
-        self.recorder.freeze_tensors((args, kwargs), FROM_INPUT)
+        self.recorder.take_inputs((args, kwargs), FROM_INPUT)
         for tensor in tensors_in((args, kwargs)):
             if tensor.dim() > 0:
                 self.batch_size = max(int(_shape(tensor)[0]), 1)

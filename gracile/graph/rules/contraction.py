@@ -39,10 +39,7 @@ def _product(call: Call, left: Tensor, right: Tensor, bias: Tensor | None = None
     rows, columns = a.dims[0], b.dims[1]
     call.recorder.count(rows, summed, columns)
     is_weight = a.is_weight and b.is_weight
-    result = Value([rows, columns], [a.sources[0], b.sources[1]], is_weight)
-    if bias is not None:
-        broadcast([result, call.value(bias)], call.output.shape)
-    call.set(call.output, result.dims, result.sources, is_weight)
+    _add_bias(call, Value([rows, columns], [a.sources[0], b.sources[1]], is_weight), bias)
 
 
 def bmm(call: Call) -> None:
@@ -68,10 +65,15 @@ def _batched(call: Call, left: Tensor, right: Tensor, bias: Tensor | None = None
         mark_kind(b.dims[2], "head_dim")
     call.recorder.count(batch, a.dims[1], summed, b.dims[2])
     is_weight = a.is_weight and b.is_weight
-    result = Value([batch, a.dims[1], b.dims[2]], [a.sources[0], a.sources[1], b.sources[2]], is_weight)
-    if bias is not None:
-        broadcast([result, call.value(bias)], call.output.shape)
-    call.set(call.output, result.dims, result.sources, is_weight)
+    sources = [a.sources[0], a.sources[1], b.sources[2]]
+    _add_bias(call, Value([batch, a.dims[1], b.dims[2]], sources, is_weight), bias)
+
+
+def _add_bias(call: Call, product: Value, bias: Tensor | None) -> None:
+    """The product, with what is added to it, as the output."""
+    values = [product] if bias is None else [product, call.value(bias)]
+    dims, sources, is_weight = broadcast(values, call.output.shape)
+    call.set(call.output, dims, sources, is_weight)
 
 
 def mv(call: Call) -> None:

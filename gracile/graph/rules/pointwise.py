@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from gracile.graph.axes import mark_inexact
 from gracile.graph.recorder import Call, Rule
 from gracile.graph.rules.base import broadcast, follow
 
@@ -13,7 +14,20 @@ def pointwise(call: Call) -> None:
     values = [call.value(tensor) for tensor in call.tensors]
     for output in call.outputs:
         dims, sources, is_weight = broadcast(values, output.shape)
+        if is_weight and not _keeps_zero(call):
+            for dim in dims:
+                mark_inexact(dim, f"a parameter passes '{call.name}', which does not keep zeros")
         call.set(output, dims, sources, is_weight)
+
+
+def _keeps_zero(call: Call) -> bool:
+    """Whether zero parameters give zeros, so that zeroing them is zeroing what they become."""
+    numbers = [call.get(name) for name in ("other", "exponent") if not isinstance(call.get(name), Tensor)]
+    if call.name in ("add", "sub", "rsub"):
+        return not any(numbers)
+    if call.name == "pow":
+        return bool(numbers) and isinstance(numbers[0], (int, float)) and numbers[0] > 0
+    return call.name in _ZERO_TO_ZERO.split()
 
 
 def same_as_first(call: Call) -> None:
@@ -42,6 +56,10 @@ _ELEMENTWISE = (
     "minimum eq ne lt le gt ge logical_and logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_not "
     "isnan isinf isfinite lerp addcmul addcdiv sign floor ceil round trunc remainder fmod atan2 threshold prelu "
     "_prelu_kernel log_sigmoid_forward nan_to_num square fill zero native_dropout copysign heaviside rrelu_with_noise"
+)
+_ZERO_TO_ZERO = (
+    "mul div neg abs sqrt tanh relu gelu silu mish elu selu celu hardtanh hardswish leaky_relu erf sign round floor "
+    "ceil trunc square fill zero native_dropout masked_fill where"
 )
 _COPIES = (
     "clone detach alias _to_copy contiguous dropout lift_fresh lift_fresh_copy positive view_as_real_copy "

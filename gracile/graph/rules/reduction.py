@@ -56,8 +56,9 @@ def _keep(call: Call, tensor: Tensor, chosen: set[int]) -> None:
 def softmax(call: Call) -> None:
     """Shares of a whole along one dimension."""
     tensor = call.tensors[0]
-    for d in _chosen(call, tensor.ndim):
-        mark_inexact(call.dims(tensor)[d], "a softmax is taken over it")
+    value = call.value(tensor)
+    for d in range(tensor.ndim) if value.is_weight else _chosen(call, tensor.ndim):
+        mark_inexact(value.dims[d], "a softmax is taken over it")
     follow(call, call.output, tensor)
 
 
