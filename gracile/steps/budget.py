@@ -24,16 +24,16 @@ LATENCY_BISECTIONS = 5  # each exports and times a candidate; widths in steps of
 
 
 def meet_budget(
-    budget: Budget, model: nn.Module, traced: Trace, at: Callable[[float], Keep], context: Context, batch: Batch
+    budget: Budget, model: nn.Module, traced: Trace, at: Callable[[float], Keep], context: Context, batch: Batch, largest: float = 0.99
 ) -> Keep:
     """The units kept by the smallest fraction removed, by bisection, whose cost is within the budget.
 
-    at: fraction of units removed -> units kept. Raises ConfigError naming the nearest cost that can be reached.
+    at: fraction of units removed -> units kept. largest: the largest fraction that `at` takes. Raises ConfigError naming the nearest cost that can be reached.
     """
     cost = _cost(budget, model, traced, context, batch)
     original = cost({})
     limit = budget.limit(original)
-    low, high = 0.0, 0.99
+    low, high = 0.0, largest
     if original <= limit:
         raise ConfigError(f"Prune(to={budget}): the model is within this budget already ({original:g}).")
     reached = cost(at(high))

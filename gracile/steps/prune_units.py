@@ -126,7 +126,8 @@ def choose_units(
         return keep_highest(groups, scores, allocation(scores, fraction, costs), step)
 
     if step.to is not None:
-        return meet_budget(step.to, model, traced, at, context, batch)
+        largest = min(0.99, getattr(allocation, "max_fraction", 1.0))
+        return meet_budget(step.to, model, traced, at, context, batch, largest)
     assert step.fraction is not None
     return at(step.fraction)
 
