@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gracile.context import Context
 from gracile.errors import ConfigError, DataError, NothingChangedError
-from gracile.formats import Format, Int, PerChannel, Scheme, bits_per_weight, format_to_config
+from gracile.formats import Format, Int, PerChannel, Scheme, format_to_config
 from gracile.graph import Trace, trace
 from gracile.layer_stats import LayerStats
 from gracile.nn import QuantizedLayer, quantize_layer, quantized_kind
@@ -195,7 +195,7 @@ class Quantize(Step):
                 name=name,
                 kind=type(old).__name__,
                 action="quantized",
-                bits=bits_per_weight(fmt, old.weight.shape),
+                bits=8 * sum(t.nbytes for key, t in encoded.items() if key != "shape") / old.weight.numel(),
                 sparsity=float((new.decoded_weight() == 0).float().mean()),
                 error=float(error),
             )
