@@ -133,7 +133,7 @@ def main() -> None:
         metric=gc.metrics.accuracy,
         loss=gc.losses.cross_entropy,
     )
-    goal = gc.Goal(target=gc.OnnxRuntime(), max_drop=0.02, objective="latency")
+    goal = gc.Goal(target=gc.OnnxRuntime(), max_drop=0.02, objective="latency", minutes=2)
     result = gc.optimize(model, data, goal, run_dir=run / "optimize", on_progress=show)
     result.save(run / "slim")
 
