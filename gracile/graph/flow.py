@@ -27,7 +27,9 @@ class Flow:
         layers: Mapping[str, nn.Module],
         returned: Iterable[State],
     ) -> None:
-        self._outputs, self._inputs, self._layers = outputs, inputs, layers
+        self._outputs, self._inputs, self._layers = outputs, inputs, frozenset(layers)
+        self._norms = [name for name, layer in layers.items() if isinstance(layer, _BatchNorm)]
+        self._products = {name for name, layer in layers.items() if isinstance(layer, (_ConvNd, nn.Linear))}
         self._returned = set(returned)
         self._readers: dict[State, list[Event]] = {}
         for event in events:
@@ -52,7 +54,7 @@ class Flow:
             seen.add(state)
             for event in self._external(state, made_by):
                 if event.layer in self._layers and event.layer is not None:
-                    if isinstance(self._layers[event.layer], _BatchNorm):
+                    if event.layer in self._norms:
                         waiting.extend((s, event.layer) for s in self._outputs.get(event.layer, ()))
                 elif event.op in SUMS:
                     return True
@@ -63,14 +65,12 @@ class Flow:
     def batch_norm_pairs(self) -> list[tuple[str, str]]:
         """(convolution or linear, batch norm) that always run one after the other, with nothing else reading."""
         producers = {
-            states[0]: name
-            for name, states in self._outputs.items()
-            if len(states) == 1 and isinstance(self._layers.get(name), (_ConvNd, nn.Linear))
+            states[0]: name for name, states in self._outputs.items() if len(states) == 1 and name in self._products
         }
         pairs = []
-        for norm, module in self._layers.items():
+        for norm in self._norms:
             states = self._inputs.get(norm, [])
-            if not isinstance(module, _BatchNorm) or len(states) != 1 or states[0] in self._returned:
+            if len(states) != 1 or states[0] in self._returned:
                 continue
             layer = producers.get(states[0])
             if layer is not None and {event.layer for event in self._external(states[0], layer)} == {norm}:

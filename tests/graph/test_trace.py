@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from nets import ZOO, example_for
@@ -131,6 +134,16 @@ def test_a_group_that_does_not_exist_is_named_with_those_that_do() -> None:
     found = trace(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), lambda m: m(torch.randn(2, 3)))
     with pytest.raises(ConfigError, match=r"no group 'x'(?s:.*)can be cut: 0\."):
         found.group("x")
+
+
+def test_a_trace_does_not_keep_the_model_or_its_tensors_alive() -> None:
+    model = ZOO["PlainConv"]()
+    found = trace(model, lambda m: m(example_for(m)))
+    watched = [weakref.ref(model), weakref.ref(model.conv1), weakref.ref(model.conv1.weight)]
+    del model
+    gc.collect()
+    assert [ref() for ref in watched] == [None, None, None]
+    assert found.group("conv1").units == 8
 
 
 def test_a_caller_without_gradients_sees_the_same_groups() -> None:

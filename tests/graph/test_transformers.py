@@ -1,4 +1,4 @@
-"""Models of the transformers library, tiny, built from a configuration: heads and hidden units are cut, and they run."""
+"""Models of the transformers library, tiny, built from a configuration: heads and hidden units are cut."""
 
 from __future__ import annotations
 
