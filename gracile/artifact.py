@@ -63,11 +63,22 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
     """
     directory = Path(directory)
     journal = read_journal(directory)
-    tensors = _read_weights(directory, journal)
     if model is None:
         model = _build(journal, directory)
     elif not isinstance(model, nn.Module):
         raise ArtifactError(f"load: expected a model instance (nn.Module), got {type(model).__name__}.")
+    load_into(model, directory)
+    return model.eval()
+
+
+def load_into(model: nn.Module, directory: str | Path, applied: int = 0) -> dict[str, Any]:
+    """Bring a model to the saved state, its modes aside; returns the artifact's journal.
+
+    applied: how many of the saved edits, the first ones, the model has already.
+    """
+    directory = Path(directory)
+    journal = read_journal(directory)
+    tensors = _read_weights(directory, journal)
     saved_class = journal["class"].rpartition(":")[2].rpartition(".")[2]
     if type(model).__name__ != saved_class:
         raise ArtifactError(
@@ -76,14 +87,14 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
         )
     edits = tuple(edit_from_json(edit) for edit in journal["edits"])
     try:
-        apply(model, edits)
+        apply(model, edits[applied:])
     except GracileError:
         raise
     except Exception as error:
         raise ArtifactError(f"'{directory}': the edits do not fit a {type(model).__name__}: {error}.") from error
     _fill(model, tensors, journal, directory)
     model.gracile_edits = edits  # type: ignore[assignment]  # a further compression goes on from them
-    return model.eval()
+    return journal
 
 
 def read_journal(directory: str | Path) -> dict[str, Any]:

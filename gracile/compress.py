@@ -58,19 +58,19 @@ def compress(
         raise ConfigError(f"compress: {step!r} is not a step.\n  Pass Prune(0.3), Quantize(W8A8), Recipe(...), ...")
     data = data if data is not None else Data()
     check_request(model, data, teacher)
-    compressed, edits, records, original = run_steps(
-        model,
-        step,
-        data,
-        teacher=teacher,
-        target=target,
-        seed=seed,
-        run_dir=run_dir,
-        inplace=inplace,
-        on_progress=on_progress,
-    )
-    provenance = provenance_of(step, data, seed)
-    with tempfile.TemporaryDirectory() as temporary:
+    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as temporary:
+        torch.manual_seed(derive_seed(seed, "compress"))  # loaders draw from the global state; the caller's is kept
+        compressed, edits, records, original = run_steps(
+            model,
+            step,
+            data,
+            teacher=teacher,
+            target=target,
+            seed=seed,
+            run_dir=run_dir,
+            inplace=inplace,
+            on_progress=on_progress,
+        )
         folder = Path(run_dir) / "measured" if run_dir is not None else Path(temporary)
         before, after = measure_both(original, compressed, data, target, folder, seed, on_progress)
         report = replace(
@@ -78,7 +78,10 @@ def compress(
             title=f"{type(model).__name__}: {step.title}",
             steps=tuple(records),
         )
-        exported = {target.name: after.path} if target is not None and run_dir is not None and after.path else {}
+        provenance = provenance_of(step, data, seed)
+    exported = {}
+    if target is not None and run_dir is not None and after is not None and after.path is not None:
+        exported = {target.name: after.path}
     return Result(compressed, report, None, tuple(edits), provenance, exported)
 
 
@@ -102,19 +105,18 @@ def run_steps(
     context = Context(
         data=data, original=original, teacher=teacher or original, seed=seed, target=target, on_progress=on_progress
     )
+    todo = leaves(step)
+    for planned in todo:
+        planned.check(work, context)
     run = None
     if run_dir is not None:
         identity = {"model": fingerprint_model(original), "recipe": to_config(step), "seed": seed}
         run = RunDirectory(run_dir, identity | {"data": fingerprint_data(data)})
     edits: list[Edit] = list(getattr(model, "gracile_edits", ()))  # of an earlier compression, if it was loaded
     records: list[StepRecord] = []
-    todo = leaves(step)
     done = run.finished_steps() if run is not None else 0
     if run is not None and done:
         edits, records = run.restore(done - 1, work)
-    else:
-        for planned in todo:
-            planned.check(work, context)
     for index in range(done, len(todo)):
         context.progress("step", index, len(todo), todo[index].title)
         directory = run.step_directory(index) if run is not None else None

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from gracile.check import check_request
-from gracile.context import Progress
+from gracile.context import Progress, derive_seed
 from gracile.data import Data
 from gracile.errors import ConfigError, DataError, TargetError
 from gracile.goal import Goal
@@ -51,15 +52,17 @@ def optimize(
     missing = goal.target.available()
     if missing is not None:
         raise TargetError(f"The target {goal.target.name} cannot be used here: {missing}")
-    with tempfile.TemporaryDirectory() as temporary:
+    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as temporary:
+        torch.manual_seed(derive_seed(seed, "optimize"))  # loaders draw from the global state; the caller's is kept
         folder = Path(run_dir) if run_dir is not None else Path(temporary)
         search = Search(model, data, goal, teacher, seed, folder, on_progress)
         result = search.run()
         if run_dir is None:
             result = replace(result, exported=_keep_exported(result))
     if inplace:
-        apply(model, result.edits)
+        apply(model, result.edits[len(getattr(model, "gracile_edits", ())) :])  # less those of an earlier compression
         model.load_state_dict(result.model.state_dict())
+        model.gracile_edits = result.edits  # type: ignore[assignment]
         return replace(result, model=model)
     return result
 

@@ -37,6 +37,8 @@ class RunDirectory:
                     f"The run directory '{self.path}' belongs to another run: {', '.join(changed)} differ.\n"
                     f"  Use another directory, or delete this one to start afresh."
                 )
+            for left in self.path.glob("steps/.*"):  # half-written when the run was killed
+                shutil.rmtree(left, ignore_errors=True)
         else:
             write_json(file, identity)
 
@@ -58,11 +60,12 @@ class RunDirectory:
         return max(done, default=-1) + 1
 
     def restore(self, index: int, model: nn.Module) -> tuple[list[Edit], list[StepRecord]]:
-        """Bring a fresh model to the state after a step; returns all edits and all records so far."""
-        mode = model.training
-        artifact.load(self._finished(index), model)
-        model.train(mode)
-        journal = artifact.read_journal(self._finished(index))
+        """Bring the model that the run began with to the state after a step; all edits and all records so far."""
+        modes = {name: module.training for name, module in model.named_modules()}
+        applied = len(getattr(model, "gracile_edits", ()))  # of an earlier compression, which the journal holds too
+        journal = artifact.load_into(model, self._finished(index), applied)
+        for name, module in model.named_modules():
+            module.training = modes.get(name, model.training)
         report = Report.from_json({**Report(title="").to_json(), "steps": journal["provenance"]["records"]})
         return [edit_from_json(e) for e in journal["edits"]], list(report.steps)
 
@@ -84,7 +87,7 @@ def fingerprint_model(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
 
 
@@ -103,9 +106,14 @@ def fingerprint_data(data: Data) -> dict[str, str]:
                 [
                     str(t.dtype),
                     list(t.shape),
-                    hashlib.sha256(t.detach().cpu().contiguous().numpy().tobytes()).hexdigest(),
+                    hashlib.sha256(_bytes(t)).hexdigest(),
                 ]
                 for t in tensors
             ]
             prints[role] = sha256_json(parts)
     return prints
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    """A tensor's memory, of any dtype; NumPy lacks some."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
