@@ -24,11 +24,18 @@ LATENCY_BISECTIONS = 5  # each exports and times a candidate; widths in steps of
 
 
 def meet_budget(
-    budget: Budget, model: nn.Module, traced: Trace, at: Callable[[float], Keep], context: Context, batch: Batch, largest: float = 0.99
+    budget: Budget,
+    model: nn.Module,
+    traced: Trace,
+    at: Callable[[float], Keep],
+    context: Context,
+    batch: Batch,
+    largest: float = 0.99,
 ) -> Keep:
     """The units kept by the smallest fraction removed, by bisection, whose cost is within the budget.
 
-    at: fraction of units removed -> units kept. largest: the largest fraction that `at` takes. Raises ConfigError naming the nearest cost that can be reached.
+    at: fraction of units removed -> units kept. largest: the largest fraction that `at` takes.
+    Raises ConfigError naming the nearest cost that can be reached.
     """
     cost = _cost(budget, model, traced, context, batch)
     original = cost({})
@@ -70,11 +77,14 @@ def _cost(
     if target is None:
         raise ConfigError(f"Prune(to={budget}): no target to measure on.\n  Pass Latency(0.5, target=OnnxRuntime()).")
 
+    feed = context.data.feed
+
     def latency(keep: Mapping[str, Sequence[int]]) -> float:
         with tempfile.TemporaryDirectory() as folder:
-            path = target.export(_cut(model, traced, keep), batch, Path(folder) / "model", feed=context.data.feed)
+            path = target.export(_cut(model, traced, keep), batch, Path(folder) / "model", feed=feed)
             runner = target.load(path)
-            measured = measure_latency({"candidate": lambda: runner(batch)}, seconds=1.0)
+            fed = feed(batch) if feed is not None else batch
+            measured = measure_latency({"candidate": lambda: runner(fed)}, seconds=1.0)
         return measured["candidate"].p50_ms
 
     return latency

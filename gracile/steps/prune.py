@@ -10,7 +10,7 @@ from torch import nn
 from gracile.allocate import GlobalRank, Uniform
 from gracile.context import Context
 from gracile.criteria import Magnitude
-from gracile.errors import ConfigError
+from gracile.errors import ConfigError, DataError
 from gracile.goal import Budget
 from gracile.patterns import NM, Channels, Heads, Unstructured
 from gracile.recipe import Recorder, Step
@@ -99,6 +99,11 @@ class Prune(Step):
         return f"Prune {amount} by {type(self.criterion).__name__}"
 
     def check(self, model: nn.Module, context: Context) -> None:
+        if self.cuts_units and not context.data.has_calibration:
+            raise DataError(
+                f"Prune: {type(self.pattern).__name__}() runs the model once to see which units are tied, and has no "
+                f"data.\n  Pass Data(calibration=batches); labels are not needed."
+            )
         if needs_gradients(self.criterion) and (context.data.train is None or context.data.loss is None):
             raise ConfigError(
                 f"Prune: the criterion {type(self.criterion).__name__} needs gradients, and there are no labelled data "

@@ -137,14 +137,15 @@ def keep_highest(groups: list[Group], scores: Mapping[str, Tensor], removed: Map
     multiple = getattr(step.pattern, "multiple_of", 1)
     counts = {}
     for group in groups:
-        kept = group.units - removed.get(group.name, 0)
-        if multiple > 1 and kept < group.units:
-            kept = min(group.units, max(multiple, round(kept / multiple) * multiple))
-        counts[group.name] = max(1, kept)
+        counts[group.name] = group.units - removed.get(group.name, 0)
     for key in {g.tied_count for g in groups} - {None}:
         tied = [g.name for g in groups if g.tied_count == key]
-        agreed = round(sum(counts[name] for name in tied) / len(tied))
-        counts.update(dict.fromkeys(tied, max(1, agreed)))
+        counts.update(dict.fromkeys(tied, round(sum(counts[name] for name in tied) / len(tied))))
+    for group in groups:
+        if multiple > 1 and counts[group.name] < group.units:
+            rounded = max(multiple, round(counts[group.name] / multiple) * multiple)
+            counts[group.name] = min(group.units, rounded)
+        counts[group.name] = max(1, counts[group.name])
     keep: Keep = {}
     for group in groups:
         if counts[group.name] < group.units:
