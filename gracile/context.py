@@ -58,7 +58,7 @@ class Context:
 
 def derive_seed(seed: int, *purpose: int | str) -> int:
     """A seed in [0, 2⁶³) that depends on `seed` and the purpose only, the same on every machine (FNV-1a)."""
-    value = 0xCBF29CE484222325 ^ (seed & 0xFFFFFFFFFFFFFFFF)
-    for byte in "\x1f".join(str(p) for p in purpose).encode():
+    value = 0xCBF29CE484222325
+    for byte in "\x1f".join(str(p) for p in (seed, *purpose)).encode():
         value = ((value ^ byte) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
     return value >> 1

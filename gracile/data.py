@@ -142,7 +142,7 @@ def labels_of(batch: Batch) -> Tensor:
 
 def batch_size(batch: Batch) -> int:
     """Number of examples in a batch: the first dimension of its first tensor."""
-    for leaf in torch.utils._pytree.tree_leaves(batch):
+    for leaf in torch.utils._pytree.tree_leaves(_plain(batch)):
         if isinstance(leaf, Tensor) and leaf.ndim > 0:
             return leaf.shape[0]
     raise DataError(f"A {type(batch).__name__} batch holds no tensor with a batch dimension.")
@@ -155,7 +155,7 @@ def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
     def cut(leaf: Any) -> Any:
         return leaf[start:stop] if isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == size else leaf
 
-    return torch.utils._pytree.tree_map(cut, batch)
+    return torch.utils._pytree.tree_map(cut, _plain(batch))
 
 
 def logits_of(outputs: Any) -> Tensor:
@@ -179,6 +179,11 @@ def device_of(model: nn.Module) -> torch.device:
     for tensor in model.buffers():
         return tensor.device
     return torch.device("cpu")
+
+
+def _plain(batch: Batch) -> Batch:
+    """A mapping of another class, such as a tokenizer's, as a dict, which torch looks into."""
+    return dict(batch) if isinstance(batch, Mapping) else batch
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -92,9 +92,9 @@ class Goal:
         if self.epochs < 0 or (self.minutes is not None and self.minutes <= 0):
             raise ConfigError("Goal: `epochs` must be at least 0 and `minutes` positive.")
         for name in ("export", "load", "run", "available"):
-            if not callable(getattr(self.target, name, None)):
+            if isinstance(self.target, type) or not callable(getattr(self.target, name, None)):
                 raise ConfigError(
-                    f"Goal(target={self.target!r}): not a target; it has no `{name}`.\n"
+                    f"Goal(target={self.target!r}): not a target, which has a method `{name}`.\n"
                     f"  Use gracile.OnnxRuntime(), gracile.OpenVINO() or gracile.PyTorch()."
                 )
         for budget in self.limits:
