@@ -115,11 +115,13 @@ def compare(
 ) -> Comparison:
     """Whether aggregate(before) - aggregate(after) is at most `max_drop`, with confidence: a non-inferiority test.
 
-    before_values, after_values: per-example values of the two models on the same examples, in the same order. Examples
-    are resampled with replacement, the same for both (paired percentile bootstrap, Efron & Tibshirani 1993, ch. 13);
-    a resample on which the metric is undefined counts as an unlimited drop. For a mean of zeros and ones the bound
-    is at least that of Agresti & Min (2005), which adds half an example to each cell of the 2 x 2 table: with no flip
-    seen on few examples the bootstrap alone would claim a drop of exactly zero.
+    before_values, after_values: per-example values of the two models on the same examples, in the same order.
+    max_drop: the limit, in the unit of the metric; infinity where there is none.
+
+    Examples are resampled with replacement, the same for both (paired percentile bootstrap, Efron & Tibshirani 1993,
+    ch. 13); a resample on which the metric is undefined counts as an unlimited drop. For a mean of zeros and ones the
+    bound is at least that of Agresti & Min (2005), which adds half an example to each cell of the 2 x 2 table: with no
+    flip seen on few examples the bootstrap alone would claim a drop of exactly zero.
     """
     if before_values.shape != after_values.shape:
         raise DataError(
@@ -260,12 +262,14 @@ def _verdict(drop: float, upper: float, limit: float, confidence: float, *, in_p
     def show(value: float) -> str:
         return f"{100 * value:.3g} pt" if in_points else f"{value:.3g}"
 
-    if upper <= limit:
-        ending = f"within the limit of {show(limit)}"
+    if limit == float("inf"):
+        ending = ""
+    elif upper <= limit:
+        ending = f": within the limit of {show(limit)}"
     elif drop > limit:
-        ending = f"over the limit of {show(limit)}"
+        ending = f": over the limit of {show(limit)}"
     else:
-        ending = f"not shown to be within the limit of {show(limit)}; more evaluation examples would narrow this"
+        ending = f": not shown to be within the limit of {show(limit)}; more evaluation examples would narrow this"
     certain = f"with {100 * confidence:g} % confidence"
     if not np.isfinite(upper):
         bound = "bound unknown, since resampling leaves the metric undefined too often"
@@ -273,4 +277,4 @@ def _verdict(drop: float, upper: float, limit: float, confidence: float, *, in_p
         bound = f"at least {show(-upper)} {certain}"
     else:
         bound = f"{'at most' if drop >= 0 else 'a drop of at most'} {show(upper)} {certain}"
-    return f"{'drop' if drop >= 0 else 'gain'} {show(abs(drop))}, {bound}: {ending}"
+    return f"{'drop' if drop >= 0 else 'gain'} {show(abs(drop))}, {bound}{ending}"

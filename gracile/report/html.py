@@ -38,10 +38,10 @@ def render_html(report: Report) -> str:
     environment.filters.update(
         any=show_any, name=show_name, seconds=show_seconds, bytes=show_bytes, ms=show_ms, digits=digits
     )
-    script = here.joinpath("page.js").read_text()
+    script = here.joinpath("page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.from_string(here.joinpath("template.html").read_text()).render(
-        style=Markup(here.joinpath("page.css").read_text()),
+    return environment.from_string(here.joinpath("template.html").read_text(encoding="utf-8")).render(
+        style=Markup(here.joinpath("page.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=digest,
         **_context(report),

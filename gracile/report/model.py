@@ -173,7 +173,7 @@ class Report:
         path = Path(path)
         file = path / "report.json" if path.is_dir() else path
         try:
-            data = json.loads(file.read_text())
+            data = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ArtifactError(f"No report can be read from '{file}': {error}.") from error
         return Report.from_json(data)

@@ -30,7 +30,7 @@ FONT = 12  # one unit of a figure is one CSS pixel at its full width
 LABELLED_LAYERS = 24  # more than that get no names under their bars
 LABELLED_CANDIDATES = 8
 SINGLE_BARS = 64  # more layers than that are drawn as one outline
-HALF = 380  # pixels of a plot that shares its row
+HALF = 360  # pixels of a plot that shares its row
 
 
 def candidates(report: Report, width: int) -> str | None:
@@ -145,7 +145,15 @@ def flips(behaviour: dict[str, Any]) -> str | None:
     figure, axes = _figure(HALF, 170)
     axes.barh([name for name, _, _ in bars], [n for _, n, _ in bars], color=[c for _, _, c in bars], height=0.6)
     for row, (_, count, _) in enumerate(bars):
-        axes.annotate(f"{count}", (count, row), xytext=(6, 0), textcoords="offset points", va="center", color=INK)
+        axes.annotate(
+            f"{count}",
+            (count, row),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color=INK,
+            fontsize=FONT - 1,
+        )
     axes.invert_yaxis()
     axes.set_xlim(0, 1.15 * max(*(n for _, n, _ in bars), 1))
     axes.set_xlabel(f"Predictions, of {behaviour['examples']}", color=MUTED)

@@ -58,8 +58,10 @@ def test_an_aggregate_of_its_own_is_used_instead_of_the_mean():
     for c in range(3):
         hit = np.sum((predicted == c) & (labels == c))
         scores.append(2 * hit / max(np.sum(predicted == c) + np.sum(labels == c), 1))
-    assert quality(metric, values).value == pytest.approx(np.mean(scores), abs=1e-12)  # float64, three divisions
-    assert quality(metric, values).name == "macro F1"
+    assert quality(metric, values, resamples=20).value == pytest.approx(
+        np.mean(scores), abs=1e-12
+    )  # float64, three divisions
+    assert quality(metric, values, resamples=20).name == "macro F1"
 
 
 @pytest.mark.parametrize(
@@ -161,6 +163,13 @@ def test_the_verdict_says_in_points_what_was_shown(lost, won, limit, words):
     assert result.non_inferior == ("within the limit" in result.verdict and "not shown" not in result.verdict)
     for word in words:
         assert word in result.verdict
+
+
+def test_without_a_limit_the_verdict_speaks_of_none():
+    before, after = flipped(2000, 0.9, 5, 2)
+    verdict = compare(right, before, after, max_drop=float("inf")).verdict
+    assert verdict.startswith("drop 0.15 pt, at most")
+    assert verdict.endswith("95 % confidence")
 
 
 def test_a_metric_not_between_0_and_1_is_not_spoken_of_in_points():
