@@ -101,7 +101,7 @@ def layer_bars(views: list[LayerView], width: int) -> str | None:
             axes.stairs(heights, [i - 0.5 for i in range(len(views) + 1)], fill=True, color=AFTER)
         axes.set_title(title, loc="left", color=INK, fontsize=FONT)
         axes.set_ylim(0, top or 1.1 * max(max(heights), 1.0))
-        axes.set_xlim(-0.6, len(views) - 0.4)
+        axes.set_xlim(-0.6, max(len(views), 12) - 0.4)  # a few layers make no slabs
         axes.set_xticks([])
     if named:
         grid[-1].set_xticks(range(len(views)), [_short(v.name) for v in views], rotation=90, parse_math=False)

@@ -89,7 +89,7 @@ def show_any(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return digits(value, 5)  # an agreement of 0.9998 is not 1
+        return digits(value, 5 if 0.99 < value < 1 else 3)  # an agreement of 0.9998 is not 1
     if isinstance(value, (list, tuple)):
         return ", ".join(show_any(item) for item in value) or ABSENT
     if isinstance(value, dict):

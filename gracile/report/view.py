@@ -203,7 +203,7 @@ def _merged(group: list[LayerRow]) -> LayerView:
         actions = [action for action in actions if action != "skipped"]
     return LayerView(
         name=group[0].name,
-        kind=group[0].kind,
+        kind=group[-1].kind,  # a step that cuts may speak of channels, where a later one names the class
         actions=", ".join(actions),
         kept=last("kept"),
         of=next((row.of for row in group if row.of is not None), None),  # of the original, if cut twice

@@ -58,6 +58,7 @@ def test_differences_have_a_sign_and_points():
 
 def test_an_agreement_just_below_one_is_not_shown_as_one():
     assert text.show_any(0.9996) == "0.9996"
+    assert text.show_any(1.4495e-5) == "1.45e-05"
     assert text.show_any(True) == "yes"
     assert text.show_any(None) == text.ABSENT
     assert text.show_any({"a": [1, 2.0]}) == "a 1, 2"
