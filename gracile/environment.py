@@ -180,9 +180,7 @@ def _bad_pairs() -> list[Finding]:
             findings.append(Finding("torchvision", "warning", detail, "reinstall torch and torchvision together"))
     if not has_int8_dot_product():
         detail = "No VNNI: sums of two 8-bit products saturate 16 bits in u8·s8 kernels."
-        findings.append(
-            Finding("int8", "warning", detail, "Int(bits=7) weights beside 8-bit inputs stay exact")
-        )
+        findings.append(Finding("int8", "warning", detail, "Int(bits=7) weights beside 8-bit inputs stay exact"))
     if package_version("onnxruntime") and package_version("onnxruntime-gpu"):
         detail = "onnxruntime and onnxruntime-gpu share one folder; the one installed last wins."
         findings.append(Finding("onnxruntime", "warning", detail, "uninstall one of them"))
