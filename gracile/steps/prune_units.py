@@ -62,21 +62,26 @@ def prune_units(model: nn.Module, step: Prune, context: Context, recorder: Recor
 
 
 def select_groups(traced: Trace, step: Prune, context: Context, recorder: Recorder) -> list[Group]:
-    """Groups of the pattern's kinds that may be cut; what is left out is recorded with its reason."""
+    """Groups of the pattern's kinds that may be cut; what is left out is recorded with its reason.
+
+    A group is selected by the layers whose weight matrices make its units. Norms behind them go along, unless excluded.
+    """
     select = (context.select or Select()).without(*step.exclude)
-    producers = {g.name: _layers(g, "producer") for g in traced.groups}
+    excluded = Select(exclude=select.exclude)
     Select(exclude=step.exclude).check([layer.name for layer in traced.layers])
     chosen = []
     for group in traced.groups:
         if group.kind not in step.pattern.kinds:
             continue
-        matched = [select.matches(layer) for layer in producers[group.name]] or [select.matches(group.name)]
-        if not any(matched):
+        producers = _layers(group, "producer") or [group.name]
+        makers = _makers(group, traced) or producers
+        if not any(select.matches(layer) for layer in makers):
             continue
+        outside = [layer for layer in makers if not select.matches(layer)]
+        outside += [layer for layer in producers if not excluded.matches(layer)]
         if group.frozen is not None:
             recorder.skip(group.name, group.kind, group.frozen)
-        elif not all(matched):
-            outside = [layer for layer, m in zip(producers[group.name], matched) if not m]
+        elif outside:
             recorder.skip(group.name, group.kind, f"tied to '{outside[0]}', which is not selected")
         elif group.units < 2:
             recorder.skip(group.name, group.kind, "a single unit")
@@ -211,6 +216,12 @@ def _passes(check: CutCheck, traced: Trace, keep: Keep) -> bool:
 
 def _layers(group: Group, role: str) -> list[str]:
     return sorted({m.tensor.rpartition(".")[0] for m in group.members if m.role == role})
+
+
+def _makers(group: Group, traced: Trace) -> list[str]:
+    """The layers whose weight matrices make the group's units."""
+    matrices = [m for m in group.members if m.role == "producer" and len(traced.axes[m.tensor]) > 1]
+    return sorted({m.tensor.rpartition(".")[0] for m in matrices})
 
 
 def _weights_per_unit(model: nn.Module, group: Group) -> int:

@@ -227,6 +227,16 @@ def test_layers_are_chosen_by_patterns_and_ties_to_others_are_named() -> None:
     assert model2.stem.out_channels == 8 and model2.a.out_channels == 6
 
 
+def test_a_batch_norm_goes_along_with_its_convolution_unless_excluded() -> None:
+    model = residual()
+    only("a", Prune(0.5, pattern=Channels(), correct=False))(model, context(model))
+    assert model.a.out_channels == model.norm.num_features == 6 and model.stem.out_channels == 8
+    model = residual()
+    record = Prune(0.3, pattern=Channels(), exclude=("norm",), correct=False)(model, context(model))
+    assert model.norm.num_features == 12 and model.stem.out_channels < 8
+    assert any(row.reason == "tied to 'norm', which is not selected" for row in record.layers)
+
+
 def test_impossible_requests_say_why() -> None:
     model = nn.Sequential(nn.Linear(6, 3))
     with pytest.raises(ConfigError, match=r"nothing that Channels\(\) can cut[\s\S]*output"):
