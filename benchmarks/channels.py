@@ -64,7 +64,12 @@ def main() -> None:
 
 
 def torch_pruning(
-    model: nn.Module, criterion: str, ratio: float, dense: int, train: list[tuple[Tensor, Tensor]], test: list[tuple[Tensor, Tensor]]
+    model: nn.Module,
+    criterion: str,
+    ratio: float,
+    dense: int,
+    train: list[tuple[Tensor, Tensor]],
+    test: list[tuple[Tensor, Tensor]],
 ) -> dict[str, float]:
     """Accuracy of Torch-Pruning's global pruning at the first of its steps that reaches the MACs."""
     import torch_pruning as tp

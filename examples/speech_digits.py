@@ -25,14 +25,14 @@ RATE, WINDOW, HOP, MELS, SECONDS = 8000, 256, 128, 40, 1.0
 
 
 class SpokenDigits(nn.Module):
-    """Logits of the ten digits: two convolutions over time, a GRU in both directions, the mean over time.
+    """Logits of the ten digits: two convolutions, each with half the frames after it, a GRU in both directions, the mean over time.
 
     spectra: [n, mels, frames] -> [n, 10].
     """
 
     def __init__(self, width: int = 64, hidden: int = 64) -> None:
         super().__init__()
-        self.conv1 = nn.Conv1d(MELS, width, 5, padding=2, bias=False)
+        self.conv1 = nn.Conv1d(MELS, width, 5, stride=2, padding=2, bias=False)
         self.norm1 = nn.BatchNorm1d(width)
         self.conv2 = nn.Conv1d(width, 2 * width, 5, stride=2, padding=2, bias=False)
         self.norm2 = nn.BatchNorm1d(2 * width)

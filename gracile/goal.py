@@ -77,7 +77,7 @@ class Goal:
     limits: tuple[Budget, ...] = ()
     confidence: float = 0.95
     batch_size: int | None = None
-    epochs: float = 4
+    epochs: int = 4
     minutes: float | None = None
 
     def __post_init__(self) -> None:

@@ -23,10 +23,11 @@ from gracile.graph import Trace, trace
 from gracile.measure import Subject, measure
 from gracile.planner import Form, broken_limits, forms, goal_data, mixed_precision_pays, prune_steps, recipe_for
 from gracile.recipe import Recipe
-from gracile.report.model import Candidate
+from gracile.report.model import Candidate, StepRecord
 from gracile.result import Result
 from gracile.run_directory import RunDirectory, fingerprint_data, fingerprint_model
 from gracile.steps.quantize import Quantize
+from gracile.surgery import Edit
 
 #: A form must be this much faster than plain float to be tried: less is within what timing can tell.
 WORTHWHILE = 0.97
@@ -269,7 +270,9 @@ class Search:
             best = min(met, key=lambda t: t.cost(self.goal.objective))
         else:
             best = min(self.tried, key=lambda t: t.drop_bound)
-        net, edits, records = self.model, [], []
+        net = self.model
+        edits: list[Edit] = []
+        records: list[StepRecord] = []
         if best.recipe is not None:
             net, edits, records, _ = run_steps(
                 self.model, best.recipe, self.data, teacher=self.teacher, target=self.goal.target,

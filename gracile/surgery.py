@@ -108,8 +108,8 @@ def _resize(model: nn.Module, edit: Resize) -> None:
         cuts.setdefault(id(tensor), (tensor, name, {}))[2][int(axis)] = indices
     for tensor, name, axes in cuts.values():
         cut = tensor
-        for axis, indices in axes.items():
-            cut = _cut(name, cut, axis, indices)
+        for dimension, indices in axes.items():
+            cut = _cut(name, cut, dimension, indices)
         _rebind(model, tensor, cut)
     for path, value in edit.attributes.items():
         _set_attribute(model, path, value)

@@ -60,7 +60,8 @@ def collect_gradients(
             p.requires_grad_(flags[name])
         for module, training in modes:
             module.training = training
-    return {name: LayerStats(**{key: values[name] for key, values in sums.items()}, examples=count) for name in wanted}
+    fields: dict[str, dict[str, Any]] = {name: {key: s[name] for key, s in sums.items()} for name in wanted}
+    return {name: LayerStats(**values, examples=count) for name, values in fields.items()}
 
 
 def _first_order(

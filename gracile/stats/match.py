@@ -204,7 +204,7 @@ class _Matcher:
                 if name not in self.sums:
                     continue
                 averages = [total / self.counts[name] for total in self.sums[name]]
-                if isinstance(module, BATCH_NORMS):
+                if len(averages) == 2:  # mean and variance of a batch norm
                     module.running_mean.copy_(averages[0])
                     module.running_var.copy_(averages[1])
                 else:

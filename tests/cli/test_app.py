@@ -12,6 +12,7 @@ import pytest
 from gracile.cli import main
 from gracile.compress import compress
 from gracile.formats import W8A16
+from gracile.ranges import MinMax
 from gracile.steps import Quantize
 from gracile.version import __version__
 
@@ -45,7 +46,7 @@ def test_the_demo_optimizes_what_the_package_ships(run_json, monkeypatch, shop):
 
     def quick(model, data, goal, **settings):
         asked.append((type(model).__name__, goal))
-        return replace(compress(model, Quantize(W8A16)), met=True)
+        return replace(compress(model, Quantize(W8A16, ranges=MinMax())), met=True)
 
     monkeypatch.setattr(sys.modules["gracile.optimize"], "optimize", quick)
     found = run_json("demo", "--out", "full")

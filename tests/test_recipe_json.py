@@ -1,0 +1,124 @@
+"""Recipes as JSON: every step comes back equal, through text; and what is no recipe is explained."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import gracile as gc
+from gracile.config import to_config
+from gracile.recipe_json import recipe_from_json, scheme_named
+
+STEPS = [
+    gc.Prune(0.3),
+    gc.Prune(below=1e-3, criterion=gc.Magnitude(power=2.0)),
+    gc.Prune(to=gc.MACs(0.5), pattern=gc.Channels(multiple_of=8, normalise=False), criterion=gc.Taylor()),
+    gc.Prune(to=gc.Parameters(20000), pattern=gc.Heads(), criterion=gc.Gradient(), correct=False),
+    gc.Prune(to=gc.Bytes(0.25), pattern=gc.Channels(), criterion=gc.Hessian(hutchinson_probes=4), exclude=("head", "a.*")),
+    gc.Prune(to=gc.Latency(0.4, target=gc.OpenVINO(threads=2, precision="bf16")), pattern=gc.Channels()),
+    gc.Prune(to=gc.Latency(2.5, target=gc.OnnxRuntime(), ms=True), pattern=gc.Channels(), examples=17),
+    gc.Prune(to=gc.Latency(0.5, target=gc.PyTorch(threads=1)), pattern=gc.Channels()),
+    gc.Prune(pattern=gc.NM(2, 4), criterion=gc.criteria.Random(seed=3)),
+    gc.Prune(0.5, allocation=gc.allocate.Uniform()),
+    gc.Prune(0.5, allocation=gc.allocate.GlobalRank(max_fraction=0.9, per_cost=True)),
+    gc.Quantize(gc.W8A8),
+    gc.Quantize(gc.W8A16, ranges=gc.ranges.MinMax()),
+    gc.Quantize(gc.W4A16(group=32), ranges=gc.ranges.MSE(thresholds=64, power=2.4), exclude=("stem",)),
+    gc.Quantize(gc.Int(bits=4, symmetric=False), ranges=gc.ranges.Percentile(99.9), correct=False),
+    gc.Quantize(gc.Int(3, gc.formats.PerTensor())),
+    gc.Quantize(gc.FixedPoint(factor=256)),
+    gc.Quantize(gc.Scheme("own", gc.Int(5, gc.formats.PerChannel(1)), gc.Int(7, gc.formats.PerTensor()))),
+    gc.Distill(),
+    gc.Distill(
+        losses=(gc.SoftLabels(temperature=2.5), gc.HardLabels(), gc.losses.CosineDistance(), gc.losses.MeanSquaredError()),
+        epochs=3, label_weight=0.25, optimizer=gc.steps.SGD(learning_rate=0.1), held_out=0.1, mixed_precision=True,
+    ),
+    gc.Finetune(epochs=2, optimizer=gc.steps.AdamW(learning_rate=1e-3, weight_decay=0.0)),
+    gc.only("blocks.*", gc.Prune(0.3)),
+    gc.only(("a", "b.*"), gc.Recipe(gc.Prune(0.3), gc.only("c", gc.Quantize(gc.W8A8)))),
+    gc.Recipe(gc.Prune(0.3), gc.Distill(epochs=2), gc.Recipe(gc.Finetune(), gc.Quantize(gc.W4A16()))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.title)
+def test_a_step_comes_back_exactly(step):
+    text = json.dumps(to_config(step))
+    found = recipe_from_json(json.loads(text))
+    assert found == step
+    assert type(found) is type(step)
+    assert json.dumps(to_config(found)) == text
+
+
+def test_every_public_member_of_every_family_is_in_a_step_above():
+    """A new criterion, loss, range or format joins the round trip, or this says so."""
+    text = json.dumps([to_config(step) for step in STEPS])
+    for family, settings in (
+        (gc.criteria, {"Criterion"}),
+        (gc.losses, {"DistillationLoss"}),
+        (gc.ranges, {"Range"}),
+        (gc.formats, {"Format", "Granularity"}),
+        (gc.targets, {"Target", "Capabilities", "Runner", "Outputs"}),
+    ):
+        for name in set(family.__all__) - settings:
+            if isinstance(getattr(family, name), type):
+                assert f'"type": "{name}"' in text, f"{family.__name__}.{name}"
+
+
+def test_a_list_is_a_recipe_and_a_scheme_may_be_named():
+    found = recipe_from_json([{"type": "Prune", "fraction": 0.3}, {"type": "Quantize", "scheme": "w4a16:64"}])
+    assert found == gc.Recipe(gc.Prune(0.3), gc.Quantize(gc.W4A16(64)))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("w8a8", gc.W8A8),
+        ("W8A16", gc.W8A16),
+        ("w4a16", gc.W4A16(128)),
+        ("w4a16:32", gc.W4A16(32)),
+        ("int2", gc.Int(2)),
+        ("int8", gc.Int(8)),
+        ("fixed:256", gc.FixedPoint(256)),
+        ("fixed:0.5", gc.FixedPoint(0.5)),
+    ],
+)
+def test_short_names_of_formats(name, expected):
+    assert scheme_named(name) == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["", "w3a3", "int9", "int1", "w4a16:", "w4a16:x", "w4a16:0", "w8a8:32", "fixed", "fixed:"]
+)
+def test_other_names_are_refused_with_those_there_are(name):
+    if name == "w4a16:":
+        assert scheme_named(name) == gc.W4A16(128)  # an empty amount is none
+        return
+    with pytest.raises(gc.ConfigError, match=r"w8a8, w8a16, w4a16"):
+        scheme_named(name)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"type": "Squeeze"}, "Unknown type 'Squeeze'"),
+        ({"type": ["Prune"]}, "Unknown type"),
+        ({"type": "Prune", "amount": 0.3}, "amount"),
+        ({"type": "Prune", "fraction": 1.5}, "below 1"),
+        ({"type": "Prune", "fraction": "a third"}, "fraction"),
+        ({"type": "Quantize"}, "scheme"),
+        ({"type": "Quantize", "scheme": "w3a3"}, "not a number format"),
+        ({"type": "Quantize", "scheme": {"callable": "os:system"}}, "cannot carry the function os:system"),
+        ({"type": "Recipe", "steps": 3}, "Recipe"),
+        ({"type": "Recipe", "steps": []}, "no steps"),
+        ({"type": "Only", "patterns": [], "step": {"type": "Finetune"}}, "pattern"),
+        ({"type": "Magnitude"}, "a 'type'"),
+        ({"fraction": 0.3}, "a 'type'"),
+        ([0.3], "not a step"),
+        ("Prune", "a 'type'"),
+        (None, "a 'type'"),
+    ],
+)
+def test_what_is_no_recipe_is_explained(config, said):
+    with pytest.raises(gc.ConfigError, match=said):
+        recipe_from_json(config)
