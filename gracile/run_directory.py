@@ -31,7 +31,8 @@ class RunDirectory:
                 found = json.loads(file.read_text())
             except ValueError as error:
                 raise RunError(f"'{file}' cannot be read: {error}.\n  Use another run directory.") from error
-            changed = sorted(k for k in identity if found.get(k) != identity[k])
+            known = found if isinstance(found, dict) else {}
+            changed = sorted(k for k in identity if known.get(k) != identity[k])
             if changed:
                 raise RunError(
                     f"The run directory '{self.path}' belongs to another run: {', '.join(changed)} differ.\n"

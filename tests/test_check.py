@@ -41,12 +41,12 @@ GOOD = Data(calibration=[X], train=[(X, Y)], evaluation=[(X, Y)], metric=metrics
 
 
 def test_a_sound_request_passes_and_leaves_the_model_and_random_state_alone() -> None:
-    net = Net().train()
+    net, teacher = Net().train(), Net()
     net.fc.eval()
     before, random = {k: v.clone() for k, v in net.state_dict().items()}, torch.random.get_rng_state()
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), batch_size=4, shuffle=True)
     check_request(net, Data(train=loader, loss=cross_entropy))
-    check_request(net, GOOD, Net())
+    check_request(net, GOOD, teacher)
     check_request(net, Data())
     assert net.training and net.norm.training and not net.fc.training
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
