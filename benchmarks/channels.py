@@ -1,7 +1,7 @@
 """Channels cut without training on `woodfisher_resnet20`, beside Torch-Pruning in the same run.
 
 Both cut to the same MACs with the same criterion, both with batch-norm statistics measured again on the same training
-images: ours by the difference to the original, Torch-Pruning's by re-estimation (and also by our difference, for fairness).
+images: ours by the difference to the original, Torch-Pruning's by re-estimation.
 
     python -m benchmarks.channels [--calibration 1024] [--seed 0]
 """
@@ -101,7 +101,6 @@ def torch_pruning(
                 importance.accumulate_grad(net)
         net.eval()
         pruner.step()
-        macs, _ = tp.utils.count_ops_and_params(net, example)
         if trace(net, lambda m: m(example)).macs <= dense / ratio:
             break
     raw = accuracy(net, test)

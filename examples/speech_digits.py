@@ -25,7 +25,7 @@ RATE, WINDOW, HOP, MELS, SECONDS = 8000, 256, 128, 40, 1.0
 
 
 class SpokenDigits(nn.Module):
-    """Logits of the ten digits: two convolutions, each with half the frames after it, a GRU in both directions, the mean over time.
+    """Logits of the ten digits: two convolutions that halve the frames, a GRU in both directions, the mean over time.
 
     spectra: [n, mels, frames] -> [n, 10].
     """

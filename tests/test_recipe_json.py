@@ -15,7 +15,7 @@ STEPS = [
     gc.Prune(below=1e-3, criterion=gc.Magnitude(power=2.0)),
     gc.Prune(to=gc.MACs(0.5), pattern=gc.Channels(multiple_of=8, normalise=False), criterion=gc.Taylor()),
     gc.Prune(to=gc.Parameters(20000), pattern=gc.Heads(), criterion=gc.Gradient(), correct=False),
-    gc.Prune(to=gc.Bytes(0.25), pattern=gc.Channels(), criterion=gc.Hessian(hutchinson_probes=4), exclude=("head", "a.*")),
+    gc.Prune(to=gc.Bytes(0.25), pattern=gc.Channels(), criterion=gc.Hessian(hutchinson_probes=4), exclude=("head", "a.*")),  # noqa: E501
     gc.Prune(to=gc.Latency(0.4, target=gc.OpenVINO(threads=2, precision="bf16")), pattern=gc.Channels()),
     gc.Prune(to=gc.Latency(2.5, target=gc.OnnxRuntime(), ms=True), pattern=gc.Channels(), examples=17),
     gc.Prune(to=gc.Latency(0.5, target=gc.PyTorch(threads=1)), pattern=gc.Channels()),
@@ -31,7 +31,7 @@ STEPS = [
     gc.Quantize(gc.Scheme("own", gc.Int(5, gc.formats.PerChannel(1)), gc.Int(7, gc.formats.PerTensor()))),
     gc.Distill(),
     gc.Distill(
-        losses=(gc.SoftLabels(temperature=2.5), gc.HardLabels(), gc.losses.CosineDistance(), gc.losses.MeanSquaredError()),
+        losses=(gc.SoftLabels(temperature=2.5), gc.HardLabels(), gc.losses.CosineDistance(), gc.losses.MeanSquaredError()),  # noqa: E501
         epochs=3, label_weight=0.25, optimizer=gc.steps.SGD(learning_rate=0.1), held_out=0.1, mixed_precision=True,
     ),
     gc.Finetune(epochs=2, optimizer=gc.steps.AdamW(learning_rate=1e-3, weight_decay=0.0)),

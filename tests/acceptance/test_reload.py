@@ -91,7 +91,8 @@ def make(name: str, recipe: str) -> gc.Result:
     try:
         return gc.compress(net, gc.Recipe(*steps), data)
     except gc.ConfigError as error:
-        assert "nothing that Channels() can cut" in str(error)
+        if "nothing that Channels() can cut" not in str(error):
+            raise
         return gc.compress(net, gc.Recipe(*steps[1:] or [gc.Prune(0.5)]), data)
 
 
