@@ -85,7 +85,7 @@ def test_damaged_weights_are_named() -> None:
     model = net()
     with torch.no_grad():
         model[2].weight[0, 0] = float("inf")
-    with pytest.raises(DataError, match=r"'2\.weight' holds NaN or infinity"):  # noqa: RUF043
+    with pytest.raises(DataError, match=r"'2\.weight' holds NaN or infinity"):
         score_weights(model, ["0.weight", "2.weight"], Magnitude(), context(model), 10)
 
 

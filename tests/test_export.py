@@ -1,0 +1,60 @@
+"""Export with evidence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from gracile.data import Data
+from gracile.errors import GracileError, ModelError, TargetError
+from gracile.export import export
+from gracile.targets import OnnxRuntime, PyTorch
+
+pytest.importorskip("onnxruntime")
+
+
+def test_the_evidence_holds_parity_latency_and_size(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 32), nn.Dropout(0.5), nn.Linear(32, 3)).train(), torch.randn(8, 16)
+    found = export(model, OnnxRuntime(threads=1), tmp_path / "deep" / "m.onnx", x, seconds=0.2)
+    assert found.path == tmp_path / "deep" / "m.onnx"
+    assert found.size_bytes == found.path.stat().st_size
+    assert found.parity.max_error < 1e-5
+    assert found.parity.agreement == 1.0
+    assert list(found.latency) == ["pytorch", "onnxruntime"]
+    assert found.latency["pytorch"].ratio == 1
+    assert found.latency["onnxruntime"].batch_size == 8
+    assert found.latency["onnxruntime"].precision == "f32"
+    assert all(module.training for module in model.modules())
+    data = json.loads(json.dumps(found.to_json()))
+    assert data["parity"]["scale"] > 0
+    assert data["latency"]["onnxruntime"]["p50_ms"] > 0
+
+
+def test_feed_decides_what_the_model_sees(tmp_path: Path) -> None:
+    model, batch = nn.Linear(4, 2).eval(), {"pixels": torch.randn(3, 4), "other": torch.zeros(3)}
+    data = Data(feed=lambda batch: batch["pixels"])
+    found = export(model, PyTorch(), tmp_path / "m.pt2", batch, data, seconds=0.1)
+    assert found.parity.max_error == 0
+
+
+class Gone(PyTorch):
+    def available(self) -> str | None:
+        return "its package is not installed: pip install gone"
+
+
+def test_mistakes_are_named_before_anything_is_written(tmp_path: Path) -> None:
+    x = torch.randn(3, 4)
+    with pytest.raises(ModelError, match=r"expected a torch.nn.Module, got int"):
+        export(3, OnnxRuntime(), tmp_path / "m.onnx", x)  # type: ignore[arg-type]
+    with pytest.raises(TargetError, match="expected a target"):
+        export(nn.Linear(4, 2), "onnx", tmp_path / "m.onnx", x)  # type: ignore[arg-type]
+    with pytest.raises(TargetError, match="Gone cannot be used here: its package is not installed"):
+        export(nn.Linear(4, 2), Gone(), tmp_path / "m.onnx", x)
+    with pytest.raises(GracileError):
+        export(nn.Linear(4, 2), OnnxRuntime(), tmp_path / "m.onnx", torch.randn(3, 5))
+    assert list(tmp_path.iterdir()) == []
