@@ -194,8 +194,6 @@ def test_a_few_nets_are_read_back_bit_for_bit(tmp_path: Path):
 def test_a_few_nets_keep_their_outputs_on_other_runtimes(name: str, recipe: str, target: str, tmp_path: Path):
     if TARGETS[target].available() is not None:
         pytest.skip(f"{target} is not installed")
-    if (name, target) == ("GroupedQuery", "openvino"):
-        pytest.xfail("OpenVINO differs by 5 % of the output with int4 weights here, for a reason not found yet")
     check_parity(name, recipe, TARGETS[target], tmp_path)
 
 
