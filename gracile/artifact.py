@@ -169,9 +169,9 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], journal: dict[str, Any],
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        lines = str(error).splitlines()
+        reason = [line.strip() for line in str(error).splitlines()][1:2]  # the first of the tensors that do not fit
         raise ArtifactError(
-            f"The weights in '{directory}' do not fit this {type(model).__name__}: {' '.join(lines[1:3]).strip()}\n"
+            f"The weights in '{directory}' do not fit this {type(model).__name__}.\n  {' '.join(reason)}\n"
             f"  Pass an instance built with the same arguments as the original."
         ) from error
 

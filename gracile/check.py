@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
+import copy
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gracile.data import Batch, Data, logits_of
-from gracile.errors import DataError, GracileError, ModelError
-from gracile.evaluate.quality import collect
+from gracile.data import Batch, Data, call_model, does_not_run, first_line, logits_of
+from gracile.errors import ConfigError, DataError, GracileError, ModelError
+from gracile.evaluate.quality import aggregate, collect
 
 
 def check_request(model: Any, data: Any, teacher: Any = None) -> None:
@@ -23,13 +24,7 @@ def check_request(model: Any, data: Any, teacher: Any = None) -> None:
             f"Expected a PyTorch model (nn.Module), got {_described(model)}.\n"
             f"  Pass the model itself, not its class, its state_dict or a path."
         )
-    if not any(p.numel() for p in model.parameters()):
-        raise ModelError(f"{type(model).__name__} has no parameters: there is nothing to compress.")
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_meta:
-            raise ModelError(f"'{name}' is on the meta device and holds no values.\n  Load the weights first.")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"'{name}' holds NaN or infinity: the model is damaged.")
+    _check_tensors(model)
     if not isinstance(data, Data):
         raise DataError(
             f"Expected gracile.Data, got {_described(data)}.\n  Pass gracile.Data(calibration=batches, ...)."
@@ -53,10 +48,50 @@ def check_request(model: Any, data: Any, teacher: Any = None) -> None:
             module.training = training
 
 
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy that shares nothing with the model; raises ModelError where it cannot be copied."""
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # a lock, a file, a tensor with a history: whatever the model holds
+        raise ModelError(
+            f"{type(model).__name__} cannot be copied, and compression works on a copy: {first_line(error)}\n"
+            f"  A tensor that it keeps from a computation is to be detached, and weight norm removed."
+        ) from error
+
+
+def check_seed(seed: Any) -> None:
+    """Raise ConfigError for a seed that is no whole number."""
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise ConfigError(f"seed={seed!r}: expected a whole number.")
+
+
+def _check_tensors(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ModelError(f"'{name}' has no shape yet, since its layer is lazy.\n  Run the model on a batch first.")
+    if not any(p.numel() for p in model.parameters()):
+        raise ModelError(f"{type(model).__name__} has no parameters: there is nothing to compress.")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise ModelError(f"'{name}' is on the meta device and holds no values.\n  Load the weights first.")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"'{name}' holds NaN or infinity: the model is damaged.\n  Go back to its checkpoint.")
+
+
 def _check_role(model: nn.Module, data: Data, role: str) -> None:
-    batch = next(iter(getattr(data, role)), None)
+    try:
+        batch = next(iter(getattr(data, role)), None)
+    except GracileError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"Data({role}=...) cannot be read: {first_line(error)}\n  Mend what gives the batches."
+        ) from error
     if batch is None:
-        raise DataError(f"Data({role}=...) holds no batches.")
+        raise DataError(
+            f"Data({role}=...) holds no batches.\n  Look at the dataset's size; a DataLoader with drop_last=True gives "
+            f"none of a dataset smaller than a batch."
+        )
     _check_finite(batch, role)
     outputs = _run(model, data, batch, role)
     if not bool(torch.isfinite(logits_of(outputs)).all()):
@@ -64,7 +99,10 @@ def _check_role(model: nn.Module, data: Data, role: str) -> None:
             f"The model answers NaN or infinity on the first {role} batch.\n  Check its weights and inputs."
         )
     if role == "evaluation" and data.metric is not None:
-        collect(lambda _: outputs, [batch], data.metric)
+        values = collect(lambda _: outputs, [batch], data.metric)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one batch may leave a metric undefined, and that is no mistake
+            aggregate(data.metric, values)
     if role == "train" and data.loss is not None:
         try:
             loss = data.loss(outputs, batch)
@@ -72,7 +110,7 @@ def _check_role(model: nn.Module, data: Data, role: str) -> None:
             raise
         except Exception as error:
             raise DataError(
-                f"Data(loss=...) fails on the first training batch: {_first_line(error)}\n"
+                f"Data(loss=...) fails on the first training batch: {first_line(error)}\n"
                 f"  It is called as loss(outputs, batch) and returns a scalar; is the batch labelled?"
             ) from error
         if not isinstance(loss, Tensor) or loss.numel() != 1:
@@ -83,17 +121,11 @@ def _check_role(model: nn.Module, data: Data, role: str) -> None:
 
 def _run(model: nn.Module, data: Data, batch: Batch, role: str) -> Any:
     try:
-        return data.forward(model, batch)
+        return call_model(model, batch, data.feed)
     except GracileError:
         raise
     except Exception as error:
-        arguments = ", ".join(inspect.signature(model.forward).parameters)
-        shapes = [tuple(t.shape) for t in torch.utils._pytree.tree_leaves(batch) if isinstance(t, Tensor)]
-        raise DataError(
-            f"The model does not run on the first {role} batch: {_first_line(error)}\n"
-            f"  {type(model).__name__}.forward takes ({arguments}); the batch is a {type(batch).__name__} with tensors "
-            f"of shape {', '.join(map(str, shapes)) or 'none'}. Data(feed=...) can rearrange it."
-        ) from error
+        raise DataError(does_not_run(model, batch, error, f"the first {role} batch")) from error
 
 
 def _check_finite(batch: Batch, role: str) -> None:
@@ -101,13 +133,10 @@ def _check_finite(batch: Batch, role: str) -> None:
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
             raise DataError(f"The first {role} batch holds NaN or infinity.\n  Clean the data first.")
         if isinstance(leaf, Tensor) and leaf.numel() == 0:
-            raise DataError(f"The first {role} batch holds an empty tensor of shape {tuple(leaf.shape)}.")
+            raise DataError(
+                f"The first {role} batch holds an empty tensor of shape {tuple(leaf.shape)}.\n  Drop empty batches."
+            )
 
 
 def _described(value: Any) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,21 +13,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from gracile.check import check_request
+from gracile.check import check_request, check_seed, copy_of
 from gracile.config import to_config
 from gracile.context import Context, Progress, derive_seed
 from gracile.data import Data
 from gracile.environment import describe_environment
-from gracile.errors import ConfigError
+from gracile.errors import ConfigError, TargetError
 from gracile.evaluate.behaviour import behaviour
 from gracile.evaluate.quality import compare
+from gracile.goal import check_target
 from gracile.measure import Measured, Subject, measure
 from gracile.recipe import Step, leaves
 from gracile.report.model import Report, StepRecord
 from gracile.report.plain import plain
 from gracile.result import Result
 from gracile.run_directory import RunDirectory, fingerprint_data, fingerprint_model
-from gracile.surgery import Edit
+from gracile.surgery import Edit, apply
 
 
 def compress(
@@ -50,14 +51,20 @@ def compress(
     target: a runtime on which before and after are exported, judged and timed. None: judged in PyTorch, not timed.
     seed: of all randomness; the same seed gives the same weights.
     run_dir: a directory in which every finished step (and epoch) is kept; the same call goes on there after a kill.
-    inplace: change the model given instead of a copy.
+    inplace: change the model given instead of a copy, once all steps are done.
 
     Raises a GracileError before anything is changed if the model, data or settings cannot work together.
     """
     if not isinstance(step, Step):
         raise ConfigError(f"compress: {step!r} is not a step.\n  Pass Prune(0.3), Quantize(W8A8), Recipe(...), ...")
     data = data if data is not None else Data()
+    check_seed(seed)
     check_request(model, data, teacher)
+    if target is not None:
+        check_target(target, "compress(target=...)")
+        missing = target.available()
+        if missing is not None:
+            raise TargetError(f"The target {target.name} cannot be used here: {missing}")
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as temporary:
         torch.manual_seed(derive_seed(seed, "compress"))  # loaders draw from the global state; the caller's is kept
         compressed, edits, records, original = run_steps(
@@ -98,10 +105,10 @@ def run_steps(
     on_progress: Callable[[Progress], None] | None = None,
 ) -> tuple[nn.Module, list[Edit], list[StepRecord], nn.Module]:
     """Run the steps, or take finished ones from the run directory: compressed model, edits, records, original."""
-    original = copy.deepcopy(model).eval()
+    original = copy_of(model).eval()
     for p in original.parameters():
         p.requires_grad_(False)
-    work = model if inplace else copy.deepcopy(model)
+    work = copy.deepcopy(model)  # of a model to be changed in place too: a step that fails must leave it whole
     context = Context(
         data=data, original=original, teacher=teacher or original, seed=seed, target=target, on_progress=on_progress
     )
@@ -128,8 +135,21 @@ def run_steps(
         if run is not None:
             run.finish_step(index, work, edits, records)
     context.progress("step", len(todo), len(todo))
+    if inplace:
+        become(model, work, edits)
+        work = model
     work.gracile_edits = tuple(edits)  # type: ignore[assignment]
     return work, edits, records, original
+
+
+def become(model: nn.Module, compressed: nn.Module, edits: Sequence[Edit]) -> None:
+    """Give the model the structure and weights of a compressed copy of it.
+
+    edits: all of the compressed one, including those that the model had already.
+    """
+    apply(model, edits[len(getattr(model, "gracile_edits", ())) :])
+    model.load_state_dict(compressed.state_dict())
+    model.gracile_edits = tuple(edits)  # type: ignore[assignment]
 
 
 def measure_both(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gracile.errors import DataError
+from gracile.errors import DataError, GracileError
 
 #: A tensor, a tuple or list (inputs..., target), or a dict of named tensors.
 Batch = Any
@@ -78,8 +78,13 @@ class Data:
         return batches
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:
-        """Outputs of the model on one batch, moved to the model's device."""
-        return call_model(model, batch, self.feed)
+        """Outputs of the model on one batch, moved to the model's device; DataError where it does not run on it."""
+        try:
+            return call_model(model, batch, self.feed)
+        except GracileError:
+            raise
+        except Exception as error:  # whatever the user's model or feed raises
+            raise DataError(does_not_run(model, batch, error, "a batch")) from error
 
 
 def inputs_of(model: nn.Module, batch: Batch, feed: Callable[[Batch], Any] | None = None) -> Inputs:
@@ -125,6 +130,23 @@ def call_model(model: nn.Module, batch: Batch, feed: Callable[[Batch], Any] | No
     """Outputs of the model on one batch, in the mode (train or eval) that the model is in."""
     args, kwargs = inputs_of(model, batch, feed)
     return model(*args, **kwargs)
+
+
+def does_not_run(model: nn.Module, batch: Batch, error: BaseException, which: str) -> str:
+    """A message for an error that a model raised on a batch; `which` says which batch, "the first train batch"."""
+    arguments = ", ".join(inspect.signature(model.forward).parameters)
+    shapes = [tuple(t.shape) for t in torch.utils._pytree.tree_leaves(_plain(batch)) if isinstance(t, Tensor)]
+    return (
+        f"The model does not run on {which}: {first_line(error)}\n"
+        f"  {type(model).__name__}.forward takes ({arguments}); the batch is a {type(batch).__name__} with tensors "
+        f"of shape {', '.join(map(str, shapes)) or 'none'}. Data(feed=...) can rearrange it."
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """Kind and first line of an error, for a message that quotes it."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160] if lines else 'without a message'}"
 
 
 def labels_of(batch: Batch) -> Tensor:

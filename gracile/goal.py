@@ -52,6 +52,11 @@ class Latency(Budget):
     target: Any = None
     ms: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target is not None:
+            check_target(self.target, "Latency(target=...)")
+
     def limit(self, original: float) -> float:
         return float(self.amount) if self.ms else self.amount * original
 
@@ -85,18 +90,31 @@ class Goal:
             raise ConfigError(f"Goal(max_drop={self.max_drop!r}): expected a number of at least 0.")
         if self.objective not in ("latency", "bytes", "macs"):
             raise ConfigError(f"Goal(objective={self.objective!r}): expected 'latency', 'bytes' or 'macs'.")
-        if not 0.5 <= self.confidence < 1:
+        if not (isinstance(self.confidence, float) and 0.5 <= self.confidence < 1):
             raise ConfigError(f"Goal(confidence={self.confidence!r}): expected a number in [0.5, 1).")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ConfigError(f"Goal(batch_size={self.batch_size}): expected at least 1.")
-        if self.epochs < 0 or (self.minutes is not None and self.minutes <= 0):
-            raise ConfigError("Goal: `epochs` must be at least 0 and `minutes` positive.")
-        for name in ("export", "load", "run", "available"):
-            if isinstance(self.target, type) or not callable(getattr(self.target, name, None)):
-                raise ConfigError(
-                    f"Goal(target={self.target!r}): not a target, which has a method `{name}`.\n"
-                    f"  Use gracile.OnnxRuntime(), gracile.OpenVINO() or gracile.PyTorch()."
-                )
+        if self.batch_size is not None and not (_is_whole(self.batch_size) and self.batch_size >= 1):
+            raise ConfigError(f"Goal(batch_size={self.batch_size!r}): expected a whole number of at least 1.")
+        if not (_is_whole(self.epochs) and self.epochs >= 0):
+            raise ConfigError(f"Goal(epochs={self.epochs!r}): expected a whole number of at least 0.")
+        if self.minutes is not None and not (isinstance(self.minutes, (int, float)) and self.minutes > 0):
+            raise ConfigError(f"Goal(minutes={self.minutes!r}): expected a positive number.")
+        check_target(self.target, "Goal(target=...)")
+        if not isinstance(self.limits, (tuple, list)):
+            raise ConfigError(f"Goal(limits={self.limits!r}): expected a tuple of budgets, for example (MACs(0.5),).")
         for budget in self.limits:
             if not isinstance(budget, Budget):
                 raise ConfigError(f"Goal(limits=...): {budget!r} is not a budget (MACs, Parameters, Bytes, Latency).")
+
+
+def check_target(target: Any, where: str) -> None:
+    """Raise ConfigError, naming where it was given, unless `target` is a runtime; its class or its name is none."""
+    methods = ("export", "load", "run", "available")
+    if isinstance(target, type) or not all(callable(getattr(target, name, None)) for name in methods):
+        raise ConfigError(
+            f"{where}: {target!r} is not a target.\n"
+            f"  Use gracile.OnnxRuntime(), gracile.OpenVINO() or gracile.PyTorch()."
+        )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

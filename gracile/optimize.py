@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from gracile.check import check_request
+from gracile.check import check_request, check_seed
+from gracile.compress import become
 from gracile.context import Progress, derive_seed
 from gracile.data import Data
 from gracile.errors import ConfigError, DataError, TargetError
 from gracile.goal import Goal
 from gracile.result import Result
 from gracile.search import Search
-from gracile.surgery import apply
 
 
 def optimize(
@@ -42,6 +42,7 @@ def optimize(
     data: needs `evaluation` and `metric`; with `train`, candidates are distilled. Other arguments as in `compress`.
     Raises a GracileError before anything is changed.
     """
+    check_seed(seed)
     check_request(model, data, teacher)
     if not isinstance(goal, Goal):
         raise ConfigError(f"optimize: expected a gracile.Goal, got a {type(goal).__name__}.")
@@ -60,9 +61,7 @@ def optimize(
         if run_dir is None:
             result = replace(result, exported=_keep_exported(result))
     if inplace:
-        apply(model, result.edits[len(getattr(model, "gracile_edits", ())) :])  # less those of an earlier compression
-        model.load_state_dict(result.model.state_dict())
-        model.gracile_edits = result.edits  # type: ignore[assignment]
+        become(model, result.model, result.edits)
         return replace(result, model=model)
     return result
 

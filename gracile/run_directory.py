@@ -25,6 +25,8 @@ class RunDirectory:
     def __init__(self, path: str | Path, identity: dict[str, Any]) -> None:
         """Open or create. identity: what makes it this run (model, recipe, data, seed); another's raises RunError."""
         self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"'{self.path}' is a file; a run directory is a directory.\n  Name another place.")
         file = self.path / "run.json"
         if file.is_file():
             try:

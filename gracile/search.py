@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from gracile.check import copy_of
 from gracile.compress import provenance_of, report_of, run_steps
 from gracile.config import to_config
 from gracile.context import Context, Progress, derive_seed
@@ -71,7 +72,7 @@ class Search:
         folder: Path,
         on_progress: Callable[[Progress], None] | None,
     ) -> None:
-        self.model = copy.deepcopy(model).eval()
+        self.model = copy_of(model).eval()
         self.data, self.goal, self.teacher, self.seed, self.folder = data, goal, teacher, seed, folder
         self.on_progress = on_progress
         self.started = time.monotonic()

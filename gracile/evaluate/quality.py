@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from gracile.data import Batch, batch_size
-from gracile.errors import DataError
+from gracile.data import Batch, batch_size, first_line
+from gracile.errors import DataError, GracileError
 
 Values = npt.NDArray[np.float64]
 Metric = Callable[[Any, Batch], Any]
@@ -65,7 +65,7 @@ def collect(predict: Callable[[Batch], Any], batches: Iterable[Batch], metric: M
     parts: list[Values] = []
     with torch.no_grad():
         for index, batch in enumerate(batches):
-            part = _checked(metric(predict(batch), batch), batch, index, metric_name(metric))
+            part = _checked(_scored(metric, predict(batch), batch, index), batch, index, metric_name(metric))
             if parts and part.shape[1:] != parts[0].shape[1:]:
                 raise DataError(
                     f"The metric '{metric_name(metric)}' gave {_row(part)} per example on batch {index}, "
@@ -80,7 +80,17 @@ def collect(predict: Callable[[Batch], Any], batches: Iterable[Batch], metric: M
 def aggregate(metric: Metric, values: Values) -> float:
     """The metric over all examples: its own `aggregate(values)` where it has one, else the mean of the values."""
     own = getattr(metric, "aggregate", None)
-    return float(own(values)) if own is not None else float(np.mean(values))
+    if own is None:
+        return float(np.mean(values))
+    try:
+        return float(own(values))
+    except GracileError:
+        raise
+    except Exception as error:  # whatever the user's metric raises
+        raise DataError(
+            f"The metric '{metric_name(metric)}' fails in aggregate(values): {first_line(error)}\n"
+            f"  It is called with the values of all examples, {values.shape}, and returns one number."
+        ) from error
 
 
 def quality(
@@ -168,6 +178,18 @@ def metric_name(metric: Metric) -> str:
         if isinstance(name, str):
             return name
     return type(metric).__name__
+
+
+def _scored(metric: Metric, outputs: Any, batch: Batch, index: int) -> Any:
+    try:
+        return metric(outputs, batch)
+    except GracileError:
+        raise
+    except Exception as error:  # whatever the user's metric raises
+        raise DataError(
+            f"The metric '{metric_name(metric)}' fails on batch {index}: {first_line(error)}\n"
+            f"  It is called as metric(outputs, batch) and returns one value for each example."
+        ) from error
 
 
 def _checked(raw: Any, batch: Batch, index: int, name: str) -> Values:

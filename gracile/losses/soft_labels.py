@@ -25,8 +25,8 @@ class SoftLabels(DistillationLoss):
     temperature: float = 4.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < float("inf"):
-            raise ConfigError(f"SoftLabels(temperature={self.temperature}): must be positive; 1 to 10 are usual.")
+        if not (isinstance(self.temperature, (int, float)) and 0 < self.temperature < float("inf")):
+            raise ConfigError(f"SoftLabels(temperature={self.temperature!r}): must be positive; 1 to 10 are usual.")
 
     def __call__(self, student: Any, teacher: Any) -> Tensor:
         ours, theirs = matched_logits(self, student, teacher)

@@ -47,7 +47,7 @@ class Distill(Step):
     def __post_init__(self) -> None:
         if not isinstance(self.losses, tuple) or not self.losses or not all(callable(loss) for loss in self.losses):
             raise ConfigError(f"Distill(losses={self.losses!r}): expected a tuple of losses, e.g. (SoftLabels(),).")
-        _check_training(self, self.epochs, self.held_out)
+        _check_training(self, self.epochs, self.held_out, self.optimizer)
         if not 0 <= self.label_weight < 1:
             raise ConfigError(f"Distill(label_weight={self.label_weight!r}): expected a number in [0, 1).")
 
@@ -68,7 +68,11 @@ class Distill(Step):
         if batch is None:
             raise DataError("The training data hold no batches.")
         with torch.no_grad():
-            student, teacher = _answers(model, batch, context), _answers(context.teacher, batch, context)
+            student = _answers(model, batch, context)
+            try:
+                teacher = _answers(context.teacher, batch, context)
+            except DataError as error:
+                raise DataError(f"Distill: the teacher cannot take the training batches.\n  {error}") from error
         if student.shape != teacher.shape:
             raise ConfigError(
                 f"Distill: the model answers with shape {tuple(student.shape)} and the teacher with "
@@ -114,7 +118,7 @@ class Finetune(Step):
     mixed_precision: bool = False
 
     def __post_init__(self) -> None:
-        _check_training(self, self.epochs, self.held_out)
+        _check_training(self, self.epochs, self.held_out, self.optimizer)
 
     @property
     def title(self) -> str:
@@ -158,8 +162,13 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _check_training(step: Step, epochs: int, held_out: float) -> None:
+def _check_training(step: Step, epochs: int, held_out: float, optimizer: SGD | AdamW | None) -> None:
     name = type(step).__name__
+    if optimizer is not None and not isinstance(optimizer, (SGD, AdamW)):
+        raise ConfigError(
+            f"{name}(optimizer={optimizer!r}): expected a setting, gracile.steps.SGD(learning_rate=0.02) or "
+            f"AdamW(learning_rate=5e-4)."
+        )
     if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
         raise ConfigError(f"{name}(epochs={epochs!r}): expected a whole number of at least 1.")
     if not 0 <= held_out < 1:

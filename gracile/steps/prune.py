@@ -75,8 +75,13 @@ class Prune(Step):
             raise ConfigError(f"Prune(criterion={self.criterion!r}): not a criterion; try Magnitude() or Taylor().")
         if not isinstance(self.pattern, (Unstructured, NM, Channels, Heads)):
             raise ConfigError(f"Prune(pattern={self.pattern!r}): not a pattern; try Unstructured() or Channels().")
-        if self.examples < 1:
-            raise ConfigError(f"Prune(examples={self.examples}): expected at least 1.")
+        if self.allocation is not None and (not callable(self.allocation) or isinstance(self.allocation, type)):
+            raise ConfigError(
+                f"Prune(allocation={self.allocation!r}): not an allocation; try allocate.Uniform() or "
+                f"allocate.GlobalRank()."
+            )
+        if not (isinstance(self.examples, int) and self.examples >= 1):
+            raise ConfigError(f"Prune(examples={self.examples!r}): expected a whole number of at least 1.")
         check_exclude("Prune", self.exclude)
 
     @property

@@ -15,6 +15,7 @@ from gracile.criteria import Magnitude
 from gracile.data import Batch
 from gracile.errors import ConfigError, NothingChangedError
 from gracile.graph import CutCheck, Group, Trace, check_cut, plan_resize, trace
+from gracile.nn import QuantizedLayer
 from gracile.patterns import reduce_scores, unit_norms
 from gracile.recipe import Recorder
 from gracile.report.model import LayerRow
@@ -39,7 +40,7 @@ def prune_units(model: nn.Module, step: Prune, context: Context, recorder: Recor
         return context.data.forward(net, batch)
 
     traced = trace(model, run)
-    groups = select_groups(traced, step, context, recorder)
+    groups = select_groups(model, traced, step, context, recorder)
     scores = score_units(model, groups, step, context)
     keep = choose_units(model, traced, groups, scores, step, context, batch)
     if not keep:
@@ -61,7 +62,7 @@ def prune_units(model: nn.Module, step: Prune, context: Context, recorder: Recor
         correct_statistics(model, reference, context, recorder, kept_outputs(edit))
 
 
-def select_groups(traced: Trace, step: Prune, context: Context, recorder: Recorder) -> list[Group]:
+def select_groups(model: nn.Module, traced: Trace, step: Prune, context: Context, recorder: Recorder) -> list[Group]:
     """Groups of the pattern's kinds that may be cut; what is left out is recorded with its reason.
 
     A group is selected by the layers whose weight matrices make its units. Norms behind them go along, unless excluded.
@@ -91,9 +92,15 @@ def select_groups(traced: Trace, step: Prune, context: Context, recorder: Record
         reasons = [f"{row.name}: {row.reason}" for row in recorder.layers[:5]]
         raise ConfigError(
             f"Prune: nothing that {type(step.pattern).__name__}() can cut.\n  "
-            + ("\n  ".join(reasons) or "The model has no such units; `gracile inspect` lists what it has.")
+            + ("\n  ".join(reasons) or _why_none(model))
         )
     return chosen
+
+
+def _why_none(model: nn.Module) -> str:
+    if any(isinstance(module, QuantizedLayer) for module in model.modules()):
+        return "The model is quantized already, and encoded weights are not cut: prune first, then quantize."
+    return "The model has no such units; `gracile inspect` lists what it has."
 
 
 def score_units(model: nn.Module, groups: list[Group], step: Prune, context: Context) -> dict[str, Tensor]:

@@ -103,6 +103,11 @@ def _step(model: nn.Module, objective: Objective, batch: Batch, optimizer: torch
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast(device_of(model).type, dtype=torch.bfloat16, enabled=mixed):
         loss = objective(model, batch)
+    if not loss.requires_grad:
+        raise DataError(
+            "The training loss has no gradient: it does not depend on the model's weights.\n"
+            "  Data(loss=...) must be computed from the outputs, with torch functions and without detach()."
+        )
     if not torch.isfinite(loss):
         raise DataError(
             "The training loss is not finite.\n  Lower the learning rate, or check the training data for NaN."
