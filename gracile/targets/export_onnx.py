@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from gracile.data import Batch, batch_size, inputs_of
+from gracile.data import Batch, inputs_of
 from gracile.errors import MissingExtraError, TargetError
 from gracile.targets.files import write_whole
 from gracile.targets.tracing import (
     bind,
-    dynamic_dimensions,
     example_of_two,
     input_names,
     output_names,
     plain_copy,
     quiet,
     reason_of,
+    trace_program,
 )
 
 logger = logging.getLogger(__name__)
@@ -66,33 +66,22 @@ def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     """The exporter's model (`onnx_ir.Model`), and which batch sizes it takes."""
     from gracile.targets.translate import translations
 
-    size = batch_size([args, kwargs])
-    failure: Exception | None = None
-    for dynamic in (True, False):
-        shapes = dynamic_dimensions(bind(model, args, kwargs), size) if dynamic else None
-        try:
-            with quiet(), torch.no_grad():
-                program: Any = torch.onnx.export(
-                    model,
-                    args,
-                    kwargs=kwargs,
-                    dynamo=True,
-                    dynamic_shapes=shapes,
-                    opset_version=OPSET,
-                    custom_translation_table=translations(),
-                    verbose=False,
-                )
-        except Exception as error:  # the exporter raises whatever its many parts raise
-            failure = failure or error
-            continue
-        if dynamic and not isinstance(program.model.graph.inputs[0].shape[0], int):
-            return program.model, "dynamic"
-        logger.warning("%s exports only for batches of %d: its code fixes the size.", type(model).__name__, size)
-        return program.model, str(size)
-    raise TargetError(
-        f"{type(model).__name__} cannot be exported to ONNX: {reason_of(failure)}\n"
-        f"  PyTorch's exporter traces the forward; rewrite the part it names, or use the PyTorch target."
-    ) from failure
+    name = type(model).__name__
+    try:
+        traced, size = trace_program(model, args, kwargs, bind(model, args, kwargs))
+        with quiet(), torch.no_grad():
+            program: Any = torch.onnx.export(
+                traced, opset_version=OPSET, custom_translation_table=translations(), verbose=False
+            )
+    except Exception as error:  # the exporter raises whatever its many parts raise
+        raise TargetError(
+            f"{name} cannot be exported to ONNX: {reason_of(error)}\n"
+            f"  PyTorch's exporter traces the forward; rewrite the part it names, or use the PyTorch target."
+        ) from error
+    if size is None:
+        return program.model, "dynamic"
+    logger.warning("%s exports only for batches of %d: its code fixes the size.", name, size)
+    return program.model, str(size)
 
 
 def _name_ends(graph: Any, inputs: list[str], outputs: list[str]) -> None:

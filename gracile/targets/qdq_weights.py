@@ -150,31 +150,43 @@ def _multiplied_groups(
 
 
 def write_biases(rewriter: Rewriter) -> None:
-    """bias ≈ (input scale · weight scale) · int32, where both scales are of integer tensors."""
+    """bias ≈ (input scale · weight scale) · int32, where both scales are of integer tensors.
+
+    A fully connected layer without a bias gets one that is 0 but for one code of 1, the last bit of its integer sum.
+    Where QuantizeLinear follows, OpenVINO 2026.4 returns arbitrary numbers without a bias; one of only zeros it drops.
+    """
     for node in rewriter.nodes("Conv", "Gemm"):
-        inputs = list(node.inputs)
-        bias = array_of(inputs[2]) if len(inputs) > 2 else None
-        x, weight = (dequantize_of(value) for value in inputs[:2])
-        if bias is None or x is None or weight is None or "block_size" in weight.attributes:
+        x, weight = (dequantize_of(value) for value in node.inputs[:2])
+        if x is None or weight is None or "block_size" in weight.attributes:
             continue
         if len(weight.inputs) > 2 and np.any(array_of(weight.inputs[2])):
             continue
         x_scale, w_scale = array_of(x.inputs[1]), array_of(weight.inputs[1])
-        assert x_scale is not None
-        assert w_scale is not None
-        scale = (x_scale * w_scale).astype(np.float32)
-        codes = np.round(bias.astype(np.float64) / scale)
-        if scale.size not in (1, bias.size) or np.abs(codes).max(initial=0) >= 2**31:
+        if x_scale is None or w_scale is None:
             continue
-        stem = inputs[2].name or "bias"  # type: ignore[union-attr]
-        grid = [
-            rewriter.constant(f"{stem}_codes", codes.astype(np.int32)),
-            rewriter.constant(f"{stem}_scale", scale),
-            rewriter.constant(f"{stem}_zero_point", np.zeros(scale.shape, np.int32)),
-        ]
-        axis = {"axis": 0} if scale.ndim else {}
-        new = rewriter.insert(node, "DequantizeLinear", grid, stem, inputs[2], **axis)  # type: ignore[arg-type]
-        node.replace_input_with(2, new)
+        scale = (x_scale * w_scale).astype(np.float32)
+        given = node.inputs[2] if len(node.inputs) > 2 else None
+        if given is None and node.op_type == "Gemm" and node.outputs[0].shape is not None:
+            codes: NDArray[Any] | None = np.eye(1, int(node.outputs[0].shape[-1]))[0]  # type: ignore[arg-type]
+        else:
+            bias = array_of(given)
+            codes = None if bias is None else np.round(bias.astype(np.float64) / scale)
+        if codes is not None and scale.size in (1, codes.size) and np.abs(codes).max(initial=0) < 2**31:
+            _write_bias(rewriter, node, codes, scale)
+
+
+def _write_bias(rewriter: Rewriter, node: ir.Node, codes: NDArray[Any], scale: NDArray[Any]) -> None:
+    stem = f"{node.outputs[0].name}_bias"
+    grid = [
+        rewriter.constant(f"{stem}_codes", codes.astype(np.int32)),
+        rewriter.constant(f"{stem}_scale", scale),
+        rewriter.constant(f"{stem}_zero_point", np.zeros(scale.shape, np.int32)),
+    ]
+    new = rewriter.insert(node, "DequantizeLinear", grid, stem, node.outputs[0], **({"axis": 0} if scale.ndim else {}))
+    new.shape = None
+    if len(node.inputs) < 3:
+        node.resize_inputs(3)
+    node.replace_input_with(2, new)
 
 
 def dequantize_of(value: ir.Value | None) -> ir.Node | None:
@@ -227,5 +239,18 @@ def _gemm_to_matmul(rewriter: Rewriter, weight: ir.Value) -> None:
         assert x is not None
         new = rewriter.insert(gemm, "MatMul", [x, transposed.outputs[0]], f"{out.name}_matmul", out)
         if len(gemm.inputs) > 2 and gemm.inputs[2] is not None:
-            new = rewriter.insert(gemm, "Add", [new, gemm.inputs[2]], f"{out.name}_biased", out)
+            new = _biased(rewriter, gemm, new, gemm.inputs[2])
         rewriter.replace(out, new)
+
+
+#: What ONNX Runtime fuses into a float Gemm before it looks for encoded weights.
+_ACTIVATIONS = frozenset(("Relu", "Sigmoid", "Tanh", "Softplus", "LeakyRelu", "Elu", "HardSigmoid", "Selu", "Softsign"))
+
+
+def _biased(rewriter: Rewriter, gemm: ir.Node, product: ir.Value, bias: ir.Value) -> ir.Value:
+    """product + bias; in front of an activation as product − (−bias), which no runtime fuses back to a float layer."""
+    out, array = gemm.outputs[0], array_of(bias)
+    if array is None or not any(user.op_type in _ACTIVATIONS for user, _ in out.uses()):
+        return rewriter.insert(gemm, "Add", [product, bias], f"{out.name}_biased", out)
+    negative = rewriter.constant(f"{out.name}_negative_bias", -array)
+    return rewriter.insert(gemm, "Sub", [product, negative], f"{out.name}_biased", out)

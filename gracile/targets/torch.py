@@ -13,20 +13,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from gracile.data import Batch, batch_size, inputs_of
+from gracile.data import Batch, inputs_of
 from gracile.errors import TargetError
 from gracile.targets.base import Capabilities, Runner, Target
 from gracile.targets.feeding import named_inputs, outputs_from
 from gracile.targets.files import write_whole
 from gracile.targets.onnxruntime import check_settings
 from gracile.targets.tracing import (
-    dynamic_dimensions,
     example_of_two,
     input_names,
     output_names,
     plain_copy,
     quiet,
     reason_of,
+    trace_program,
 )
 
 logger = logging.getLogger(__name__)
@@ -94,23 +94,18 @@ class _TorchRunner(Runner):
 
 
 def _trace(model: _Positional, args: tuple[Any, ...]) -> Any:
-    """The `ExportedProgram`, dynamic if that can be traced; else of the example's shapes, with a warning logged."""
-    failure: Exception | None = None
-    for shapes in ({"args": dynamic_dimensions(args, batch_size(args))}, None):
-        try:
-            with quiet(), torch.no_grad():
-                program = torch.export.export(model, args, dynamic_shapes=shapes)
-        except Exception as error:  # the tracer raises whatever the forward does under it
-            failure = failure or error
-            continue
-        if not program.range_constraints:
-            name = type(model.model).__name__
-            logger.warning("%s exports only for batches of %d: its code fixes the size.", name, batch_size(args))
-        return program
-    raise TargetError(
-        f"{type(model.model).__name__} cannot be traced by torch.export: {reason_of(failure)}\n"
-        f"  Rewrite the part of its forward that it names."
-    ) from failure
+    """The `ExportedProgram`; for the example's batch size only where the forward fixes it, with a warning logged."""
+    name = type(model.model).__name__
+    try:
+        program, size = trace_program(model, args, {}, {"args": args})
+    except Exception as error:  # the tracer raises whatever the forward does under it
+        raise TargetError(
+            f"{name} cannot be traced by torch.export: {reason_of(error)}\n"
+            f"  Rewrite the part of its forward that it names."
+        ) from error
+    if size is not None:
+        logger.warning("%s exports only for batches of %d: its code fixes the size.", name, size)
+    return program
 
 
 class _Positional(nn.Module):

@@ -100,6 +100,42 @@ def dynamic_dimensions(inputs: Any, size: int) -> Any:
     return torch.utils._pytree.tree_map(of, inputs)
 
 
+def trace_program(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Any
+) -> tuple[Any, int | None]:
+    """The model as an `ExportedProgram`, and the one batch size that it is for, or None where any will do.
+
+    inputs: args and kwargs by parameter of `forward`. Where the forward fixes the batch size, the program is for the
+    example's: left to itself, the ONNX exporter keeps such a dimension open, drops the check, and the file computes
+    something else for other sizes. Raises the tracer's error where nothing can be traced.
+    """
+    size = batch_size([args, kwargs])
+    failure: Exception | None = None
+    for shapes in (dynamic_dimensions(inputs, size), None):
+        try:
+            with quiet(), torch.no_grad():
+                program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+        except Exception as error:  # the tracer raises whatever the forward does under it
+            failure = failure or error
+            continue
+        if shapes is None:
+            return program, size
+        if _batch_varies(program, size):
+            return program, None
+    assert failure is not None
+    raise failure
+
+
+def _batch_varies(program: Any, size: int) -> bool:
+    """Whether the first dimension is open in every input that had the batch's size there."""
+    from torch.fx.experimental.symbolic_shapes import is_concrete_int
+
+    names = set(program.graph_signature.user_inputs)
+    values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
+    firsts = [value.shape[0] for value in values if isinstance(value, Tensor) and value.ndim]
+    return not any(is_concrete_int(first) and int(first) == size for first in firsts)
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without the exporters' warnings, which speak of their own internals; levels and filters are restored after."""

@@ -93,7 +93,7 @@ CASES: list[tuple[nn.Module, tuple[int, ...], Format, bool, dict[str, int], set[
     (mlp(), X2, Int(8, PerTensor()), True, {"QGemm": 2}, {"Gemm", "MatMul"}),
     (mlp(False), X2, Int(8), True, {"QGemm": 2}, {"Gemm", "MatMul"}),
     (mlp(), X3, Int(8), True, {"MatMulIntegerToFloat": 2}, {"Gemm", "MatMul"}),
-    (mlp(), X2, Int(4, PerGroup(16)), True, {"QuantizeLinear": 2}, set()),
+    (mlp(), X2, Int(4, PerGroup(16)), True, {}, set()),
     (mlp(), X3, Int(8, PerGroup(32)), True, {"QuantizeLinear": 2}, set()),
     (mlp(), X2, Int(8), False, {"MatMulNBits": 2}, {"Gemm", "MatMul"}),
     (mlp(), X3, Int(8), False, {"MatMulNBits": 2}, {"Gemm", "MatMul"}),
