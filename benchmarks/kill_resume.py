@@ -26,22 +26,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--longest", type=float, default=20.0, help="Seconds from start to kill, at most.")
+    parser.add_argument("--longest", type=float, default=60.0, help="Seconds from start to kill, at most.")
     arguments = parser.parse_args()
+    chance = random.Random(arguments.seed)
+    kills, runs, different, redone = 0, 0, 0, 0
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        redone = interrupted(folder, arguments.kills, random.Random(arguments.seed), arguments.longest)
-        start = time.monotonic()
-        seed_decisions(folder / "killed-run", folder / "whole-run")
-        finish(command(folder, "whole"))
-        whole = time.monotonic() - start
-        digests = {name: sha256_file(folder / name / "model.safetensors") for name in ("killed", "whole")}
-    same = digests["killed"] == digests["whole"]
-    print(f"kills: {arguments.kills} (seed {arguments.seed}); the whole run, decisions given: {whole:.0f} s")
-    print(f"weights of the killed run: {digests['killed']}")
-    print(f"weights of the whole run:  {digests['whole']} ({'the same' if same else 'DIFFERENT'})")
-    print(f"finished steps and decisions written again: {len(redone)}" + "".join(f"\n  {path}" for path in redone))
-    sys.exit(0 if same and not redone else 1)
+        while kills < arguments.kills:
+            folder = Path(temporary) / str(runs)
+            folder.mkdir()
+            killed, again = interrupted(folder, arguments.kills - kills, chance, arguments.longest)
+            seed_decisions(folder / "killed-run", folder / "whole-run")
+            finish(command(folder, "whole"))
+            digests = [sha256_file(folder / name / "model.safetensors") for name in ("killed", "whole")]
+            print(f"run {runs}: {killed} kills; weights {digests[0][:16]}, uninterrupted {digests[1][:16]}", flush=True)
+            kills, runs, redone = kills + killed, runs + 1, redone + again
+            different += digests[0] != digests[1]
+    print(
+        f"{kills} kills in {runs} runs (seed {arguments.seed}): {different} ended with other weights than uninterrupted,"
+    )
+    print(f"{redone} files of finished steps and decisions were written again")
+    sys.exit(1 if different or redone else 0)
 
 
 def command(folder: Path, name: str) -> list[str]:
@@ -53,29 +57,27 @@ def command(folder: Path, name: str) -> list[str]:
     ]
 
 
-def interrupted(folder: Path, kills: int, chance: random.Random, longest: float) -> list[str]:
-    """Kill so often, then let it finish; returns finished files that were written a second time."""
+def interrupted(folder: Path, kills: int, chance: random.Random, longest: float) -> tuple[int, int]:
+    """One run, killed up to so often until it is done: how often, and how many finished files were written again."""
     kept: dict[str, tuple[int, int]] = {}
-    redone: list[str] = []
-    done = 0
-    while done < kills:
+    done = redone = 0
+    while True:
         process = start(command(folder, "killed"))
         delay = chance.uniform(3.0, longest)  # before 3 s there are only imports
         try:
-            process.wait(delay)
+            process.wait(delay if done < kills else None)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             done += 1
-        process.wait()
+        code = process.wait()
         found = finished_files(folder / "killed-run")
-        redone += [path for path, identity in kept.items() if found.get(path, identity) != identity]
+        redone += sum(found.get(path, identity) != identity for path, identity in kept.items())
         kept = found
-        print(f"killed {done} times; after {delay:4.1f} s: {len(found)} finished files", file=sys.stderr)
-        if process.returncode == 0:
-            print("the run was done before all kills; further ones hit the reading of it", file=sys.stderr)
-    finish(command(folder, "killed"))
-    found = finished_files(folder / "killed-run")
-    return redone + [path for path, identity in kept.items() if found.get(path, identity) != identity]
+        print(f"  ended with {code}: {len(found)} files of finished steps and decisions", file=sys.stderr, flush=True)
+        if code not in (0, 3, -signal.SIGKILL):
+            sys.exit(f"it failed; run it by hand: {' '.join(command(folder, 'killed'))}")
+        if code in (0, 3):
+            return done, redone
 
 
 def start(line: list[str]) -> subprocess.Popen[bytes]:

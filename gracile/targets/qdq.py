@@ -26,6 +26,7 @@ def to_standard(model: ir.Model) -> None:
     from gracile.targets.qdq_weights import write_biases, write_weights
 
     rewriter = Rewriter(model.graph)
+    _keep_reduced_axes(rewriter)
     _write_activations(rewriter)
     write_weights(rewriter)
     write_biases(rewriter)
@@ -104,6 +105,23 @@ def tensor_of(value: ir.Value) -> torch.Tensor:
     if array is None:
         raise TargetError(f"'{value.name}' is computed when the model runs; a quantized layer's tensors are constants.")
     return torch.from_numpy(np.array(array))
+
+
+def _keep_reduced_axes(rewriter: Rewriter) -> None:
+    """Extremes that are put on a grid, with their axes kept and then squeezed away.
+
+    OpenVINO 2026.4 fuses a grid into a ReduceMax or ReduceMin without the axes, and gets its values wrong by a fifth.
+    """
+    for node in rewriter.nodes("ReduceMax", "ReduceMin"):
+        keeps = "keepdims" not in node.attributes or node.attributes["keepdims"].as_int() == 1
+        out = node.outputs[0]
+        if keeps or not any(user.op_type == "QuantizeDequantize" for user, _ in out.uses()):
+            continue
+        inputs = [value for value in node.inputs if value is not None]
+        others = {name: a.as_int() for name, a in node.attributes.items() if name != "keepdims"}
+        kept = rewriter.insert(node, node.op_type, inputs, f"{out.name}_kept", out, **others, keepdims=1)
+        kept.shape = None
+        rewriter.replace(out, rewriter.insert(node, "Squeeze", [kept, *inputs[1:]], f"{out.name}_squeezed", out))
 
 
 def _write_activations(rewriter: Rewriter) -> None:
