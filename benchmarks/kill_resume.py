@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from gracile.files import sha256_file
@@ -42,7 +41,7 @@ def main() -> None:
             kills, runs, redone = kills + killed, runs + 1, redone + again
             different += digests[0] != digests[1]
     print(
-        f"{kills} kills in {runs} runs (seed {arguments.seed}): {different} ended with other weights than uninterrupted,"
+        f"{kills} kills in {runs} runs (seed {arguments.seed}): {different} ended with other weights than without,"
     )
     print(f"{redone} files of finished steps and decisions were written again")
     sys.exit(1 if different or redone else 0)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gracile.data import Data
+from gracile.errors import DataError
 from gracile.stats.match import _Matcher, match_statistics
 
 
@@ -221,7 +222,7 @@ def test_modes_and_hooks_are_as_before_and_the_original_is_untouched_also_after_
     net[1].eval()
     before = state(original)
     match_statistics(net, original, Data(calibration=batches(3, (4, 3, 8, 8))), {})
-    with pytest.raises(RuntimeError):
+    with pytest.raises(DataError):
         match_statistics(net, original, Data(calibration=[*batches(2, (4, 3, 8, 8)), torch.ones(1, 2)]), {})
     assert [m.training for m in net] == [True, False] + [True] * 6
     assert not any(m.training for m in original.modules())
