@@ -40,9 +40,7 @@ def main() -> None:
             print(f"run {runs}: {killed} kills; weights {digests[0][:16]}, uninterrupted {digests[1][:16]}", flush=True)
             kills, runs, redone = kills + killed, runs + 1, redone + again
             different += digests[0] != digests[1]
-    print(
-        f"{kills} kills in {runs} runs (seed {arguments.seed}): {different} ended with other weights than without,"
-    )
+    print(f"{kills} kills in {runs} runs (seed {arguments.seed}): {different} ended with other weights than without,")
     print(f"{redone} files of finished steps and decisions were written again")
     sys.exit(1 if different or redone else 0)
 

@@ -26,6 +26,10 @@ from gracile.steps.distill import Distill
 from gracile.steps.prune import Prune
 from gracile.steps.quantize import Quantize
 
+#: Kernels work on vectors of channels: a ragged width costs what the next multiple costs, or more (ResNet-20 in int8 on
+#: ONNX Runtime: 16.5 ms at ragged widths of 0.7, 11.3 ms uncut).
+WIDTH_MULTIPLE = 8
+
 EXECUTED_SCHEMES: tuple[Scheme, ...] = (W8A8,)
 
 
@@ -58,7 +62,7 @@ def prune_steps(fraction: float, traced: Trace, data: Data) -> list[Step]:
     """Steps that remove a share of the channels, and of the heads where the model has any."""
     criterion = Taylor() if data.train is not None and data.loss is not None else Magnitude()
     kinds = {group.kind for group in traced.groups if group.frozen is None}
-    patterns = [p for p in (Channels(), Heads()) if set(p.kinds) & kinds]
+    patterns = [p for p in (Channels(multiple_of=WIDTH_MULTIPLE), Heads()) if set(p.kinds) & kinds]
     return [Prune(fraction, criterion=criterion, pattern=pattern) for pattern in patterns]
 
 
