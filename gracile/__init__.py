@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gracile import allocate, criteria, formats, losses, metrics, patterns, ranges, targets
+from gracile import allocate, criteria, formats, losses, metrics, patterns, ranges, solvers, targets
 from gracile.artifact import load
 from gracile.compress import compress
 from gracile.context import Context, Progress
@@ -92,5 +92,6 @@ __all__ = [
     "optimize",
     "patterns",
     "ranges",
+    "solvers",
     "targets",
 ]

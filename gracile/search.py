@@ -192,7 +192,7 @@ class Search:
         context = self.context(net)
         try:
             for step in prune_steps(fraction, self.traced, self.data):
-                replace(step, correct=False)(net, context)  # type: ignore[type-var]
+                replace(step, correct=False, repair=None)(net, context)  # type: ignore[type-var]
         except GracileError:
             return None
         return net

@@ -1,1 +1,8 @@
-"""Solvers: how weights are rounded, and how what remains is repaired."""
+"""Solvers: closed forms that choose the weights which remain."""
+
+from __future__ import annotations
+
+from gracile.solvers.base import Moments
+from gracile.solvers.least_squares import LeastSquares
+
+__all__ = ["LeastSquares", "Moments"]

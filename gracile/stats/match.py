@@ -53,9 +53,7 @@ def match_statistics(
     behind one takes the shift out again).
     One batch in eight, at least one, is held out; the correction is kept if the model's output error there falls.
     """
-    batches = list(data.calibration_batches)
-    held_out = batches[::8] if len(batches) > 1 else batches
-    fitted = [b for i, b in enumerate(batches) if i % 8] if len(batches) > 1 else batches
+    fitted, held_out = split_batches(data)
     layers = _correctable(model, original, biases)
     modes = [(m, m.training) for net in (model, original) for m in net.modules()]
     model.eval(), original.eval()
@@ -81,6 +79,14 @@ def match_statistics(
                 for key, value in state.items():
                     getattr(model.get_submodule(name), key).copy_(value)
     return Correction(tuple(matcher.sums) if accepted else (), before, after, accepted)
+
+
+def split_batches(data: Data) -> tuple[list[Batch], list[Batch]]:
+    """Calibration batches to fit on, and one in eight (at least one) to judge by; a lone batch serves as both."""
+    batches = list(data.calibration_batches)
+    if len(batches) < 2:
+        return batches, batches
+    return [b for i, b in enumerate(batches) if i % 8], batches[::8]
 
 
 def _correctable(model: nn.Module, original: nn.Module, biases: bool) -> list[str]:

@@ -20,8 +20,11 @@ def copy_model(model: nn.Module) -> nn.Module:
 
 def correct_statistics(
     model: nn.Module, reference: nn.Module, context: Context, recorder: Recorder, kept: Mapping[str, Tensor]
-) -> None:
-    """Match batch-norm statistics and biases to the reference on the calibration batches, and record the outcome."""
+) -> float:
+    """Match batch-norm statistics and biases to the reference on the calibration batches, and record the outcome.
+
+    Returns the error of the model's outputs on held-out batches, ‖y − y₀‖² / ‖y₀‖².
+    """
     done = match_statistics(
         model, reference, context.data, kept, on_batch=lambda n: context.progress("correct statistics", n, None)
     )
@@ -38,3 +41,4 @@ def correct_statistics(
         )
     elif done.error_before > 0:
         recorder.notes.append("Batch-norm and bias correction did not lower the output error and was taken back.")
+    return recorder.numbers["output_error"]

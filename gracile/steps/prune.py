@@ -16,6 +16,7 @@ from gracile.patterns import NM, Channels, Heads, Unstructured
 from gracile.recipe import Recorder, Step
 from gracile.report.model import StepRecord
 from gracile.select import check_exclude
+from gracile.solvers import LeastSquares
 from gracile.steps.prune_units import prune_units
 from gracile.steps.prune_weights import prune_weights
 
@@ -32,6 +33,8 @@ class Prune(Step):
     criterion: (weight, stats) -> scores, higher is kept.
     pattern: what is removed together.
     allocation: how a total is shared out over layers. None: `GlobalRank()` for units, `Uniform()` for weights.
+    repair: how the remaining weights make good a cut of units: LeastSquares(), or None. Kept only if the output error
+        on held-out calibration batches falls. Single weights are not repaired.
     correct: batch-norm and bias correction after the cut, by the difference to the model before it on the calibration
         batches; kept only if the output error on held-out batches falls.
     exclude: name patterns of layers left alone.
@@ -45,6 +48,7 @@ class Prune(Step):
     criterion: Any = Magnitude()
     pattern: Any = Unstructured()
     allocation: Uniform | GlobalRank | None = None
+    repair: LeastSquares | None = LeastSquares()
     correct: bool = True
     exclude: tuple[str, ...] = ()
     examples: int = 256

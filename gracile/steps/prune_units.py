@@ -22,7 +22,8 @@ from gracile.report.model import LayerRow
 from gracile.select import Select
 from gracile.stats.collect import first_batch
 from gracile.steps.budget import meet_budget
-from gracile.steps.correct import copy_model, correct_statistics
+from gracile.steps.correct import copy_model
+from gracile.steps.repair import repair_units
 from gracile.steps.scores import score_weights
 from gracile.surgery import Resize, apply
 
@@ -58,8 +59,8 @@ def prune_units(model: nn.Module, step: Prune, context: Context, recorder: Recor
                 LayerRow(name=group.name, kind=group.kind, action="cut", kept=kept, of=group.units, reason=group.exact)
             )
     recorder.numbers["units_removed"] = sum(traced.group(name).units - len(kept) for name, kept in keep.items())
-    if step.correct and context.data.has_calibration:
-        correct_statistics(model, reference, context, recorder, kept_outputs(edit))
+    if context.data.has_calibration:
+        repair_units(model, reference, traced, edit, step, context, recorder)
 
 
 def select_groups(model: nn.Module, traced: Trace, step: Prune, context: Context, recorder: Recorder) -> list[Group]:
@@ -164,17 +165,6 @@ def keep_highest(groups: list[Group], scores: Mapping[str, Tensor], removed: Map
             order = torch.argsort(scores[group.name], descending=True, stable=True)
             keep[group.name] = sorted(order[: counts[group.name]].tolist())
     return keep
-
-
-def kept_outputs(edit: Resize) -> dict[str, Tensor]:
-    """Layer name -> the output channels of the uncut layer that the cut one still has."""
-    kept = {}
-    for key, indices in edit.keep.items():
-        name, _, axis = key.rpartition(":")
-        layer, _, tensor = name.rpartition(".")
-        if tensor in ("bias", "running_mean") and axis == "0":
-            kept[layer] = torch.tensor(indices)
-    return kept
 
 
 def _cut_checked(

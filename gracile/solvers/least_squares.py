@@ -1,0 +1,51 @@
+"""Least squares: the weights on the inputs that are left which best reproduce what the layer used to compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gracile.errors import ConfigError
+from gracile.solvers.base import Moments
+
+
+@dataclass(frozen=True)
+class LeastSquares:
+    """V = argmin E‖W x₀ + b₀ − V x − b‖² + λ ‖V − P‖², λ = damping · mean(diag Cov x), with the intercept b free.
+
+    In closed form V = (W Cov(x₀, x) + λ P)(Cov(x) + λ I)⁻¹ and b = b₀ + W E[x₀] − V E[x]: ridge regression towards the
+    weights P that the cut left. x₀ are the inputs in the original and x those in the compressed model, where the layers
+    before are compressed already, so that the errors of those are corrected too (the asymmetric target of Li et al.
+    2025, arXiv:2504.02692, applied to structured pruning as in ZipLM, arXiv:2302.04089).
+
+    damping: the ridge as a fraction of the inputs' mean variance.
+    """
+
+    damping: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damping < float("inf"):
+            raise ConfigError(f"LeastSquares(damping={self.damping!r}): expected a positive number.")
+
+    def __call__(self, weight: Tensor, prior: Tensor, moments: Moments, centre: bool) -> tuple[Tensor, Tensor]:
+        """(V [out, d], shift of the bias [out]), float64.
+
+        weight: [out, d_original], of the original, its outputs already those that are left. prior: [out, d].
+        centre: whether the layer has a bias, or a batch norm that takes the mean, so that the intercept is free; if
+            not, second moments about zero are used and the shift is zero.
+        """
+        w, p = weight.double(), prior.double()
+        gram, cross = moments.gram, moments.cross
+        if centre:
+            gram = gram - torch.outer(moments.mean, moments.mean)
+            cross = cross - torch.outer(moments.mean_original, moments.mean)
+        mean_variance = float(gram.diagonal().mean())
+        if mean_variance <= 0:  # inputs that never vary say nothing about the weights
+            return p, torch.zeros(len(p), dtype=p.dtype)
+        ridge = self.damping * mean_variance
+        system = gram + ridge * torch.eye(len(gram), dtype=gram.dtype)
+        v = torch.linalg.solve(system, (w @ cross + ridge * p).T).T
+        shift = w @ moments.mean_original - v @ moments.mean if centre else torch.zeros(len(p), dtype=p.dtype)
+        return v, shift

@@ -1,0 +1,105 @@
+"""What makes good a cut without training: weights refitted, then batch-norm statistics and biases corrected."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from gracile.context import Context
+from gracile.graph import Trace
+from gracile.recipe import Recorder
+from gracile.report.model import LayerRow
+from gracile.solvers import LeastSquares
+from gracile.stats.match import split_batches
+from gracile.stats.refit import refit, refittable
+from gracile.steps.correct import copy_model, correct_statistics
+from gracile.surgery import Resize
+
+if TYPE_CHECKING:
+    from gracile.steps.prune import Prune
+
+
+def repair_units(
+    model: nn.Module,
+    reference: nn.Module,
+    traced: Trace,
+    edit: Resize,
+    step: Prune,
+    context: Context,
+    recorder: Recorder,
+) -> None:
+    """Refit (if the step has a repair) and correct (if it says so) the cut model towards the one before the cut.
+
+    The refit is kept if the output error on held-out calibration batches is lower with it than without.
+    """
+    kept = kept_outputs(edit)
+    if step.repair is None:
+        if step.correct:
+            correct_statistics(model, reference, context, recorder, kept)
+        return
+    plain, plain_recorder = copy_model(model), Recorder(step)
+    without = correct_statistics(plain, reference, context, plain_recorder, kept)
+    layers = _refit(model, reference, traced, edit, step.repair, context)
+    refitted_recorder = Recorder(step)
+    error = correct_statistics(model, reference, context, refitted_recorder, kept)
+    accepted = error < without
+    if not accepted:
+        model.load_state_dict(plain.state_dict())
+    chosen = refitted_recorder if accepted else plain_recorder
+    if accepted:
+        recorder.layers.extend(
+            LayerRow(name=n, kind=type(model.get_submodule(n)).__name__, action="refitted") for n in layers
+        )
+    recorder.layers.extend(chosen.layers)
+    recorder.notes.extend(chosen.notes)
+    recorder.numbers.update(chosen.numbers)
+    recorder.numbers["output_error_without_refit"] = without
+    recorder.notes.append(
+        f"The least-squares refit of {len(layers)} layers {'was kept' if accepted else 'was taken back'}: "
+        f"output error on held-out batches {error:.3g} with it, {without:.3g} without."
+    )
+
+
+def _refit(
+    model: nn.Module, reference: nn.Module, traced: Trace, edit: Resize, solver: LeastSquares, context: Context
+) -> list[str]:
+    """Refit every layer that can be, from the first that lost inputs on; returns their names."""
+    order = [layer.name for layer in traced.layers if layer.calls == 1]
+    lost_inputs = [name for name in order if f"{name}.weight:1" in edit.keep]
+    if not lost_inputs:
+        return []
+    later = order[order.index(lost_inputs[0]) :]
+    layers = [n for n in later if refittable(model.get_submodule(n)) and refittable(reference.get_submodule(n))]
+    rows = {n: torch.tensor(edit.keep[f"{n}.weight:0"]) for n in layers if f"{n}.weight:0" in edit.keep}
+    modes = [(module, module.training) for net in (model, reference) for module in net.modules()]
+    model.eval(), reference.eval()
+    try:
+        refit(
+            model,
+            reference,
+            layers,
+            split_batches(context.data)[0],
+            context.data,
+            rows,
+            solver,
+            normalised={name for name, _ in traced.batch_norm_pairs()},
+            generator=context.generator("refit"),
+            on_layer=lambda n: context.progress("refit", n, len(layers)),
+        )
+    finally:
+        for module, training in modes:
+            module.training = training
+    return layers
+
+
+def kept_outputs(edit: Resize) -> dict[str, Tensor]:
+    """Layer name -> the output channels of the uncut layer that the cut one still has."""
+    kept = {}
+    for key, indices in edit.keep.items():
+        name, _, axis = key.rpartition(":")
+        layer, _, tensor = name.rpartition(".")
+        if tensor in ("bias", "running_mean") and axis == "0":
+            kept[layer] = torch.tensor(indices)
+    return kept
