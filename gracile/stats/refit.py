@@ -62,8 +62,11 @@ def refit(
             on_layer(done + 1)
 
 
-class _Reached(Exception):
-    """Raised by a hook once the input wanted is there: the rest of the forward is not needed."""
+class _Reached(BaseException):
+    """Raised by a hook once the input wanted is there: the rest of the forward is not needed.
+
+    No `Exception`, so that neither the model's own handlers nor ours take it for a failure.
+    """
 
 
 def _input_of(model: nn.Module, name: str, batch: Batch, data: Data) -> Tensor:
