@@ -51,13 +51,16 @@ def main() -> None:
     print(json.dumps({"model": "woodfisher_resnet20", "dense": accuracy(model, test), "macs": dense}))
     for ratio in (1.5, 2.0):
         for name in args.criteria.split(","):
-            start = time.perf_counter()
-            step = gc.Prune(to=gc.MACs(1 / ratio), criterion=CRITERIA[name], pattern=gc.Channels())
-            result = gc.compress(model, step, data, seed=args.seed)
-            seconds = time.perf_counter() - start
-            macs = trace(result.model, lambda net: net(test[0][0][:1])).macs
-            row = {"ratio": ratio, "criterion": name, "gracile": accuracy(result.model, test)}
-            row |= {"gracile_ratio": dense / macs, "gracile_seconds": seconds}
+            row = {"ratio": ratio, "criterion": name}
+            for repair in (None, gc.solvers.LeastSquares()):
+                start = time.perf_counter()
+                budget = gc.MACs(1 / ratio)
+                step = gc.Prune(to=budget, criterion=CRITERIA[name], pattern=gc.Channels(), repair=repair)
+                result = gc.compress(model, step, data, seed=args.seed)
+                seconds = time.perf_counter() - start
+                macs = trace(result.model, lambda net: net(test[0][0][:1])).macs
+                kind = "gracile" if repair is None else "gracile_refit"
+                row |= {kind: accuracy(result.model, test), f"{kind}_seconds": seconds, "gracile_ratio": dense / macs}
             if not args.no_peer:
                 row |= torch_pruning(model, name, ratio, dense, train, test)
             print(json.dumps(row), flush=True)
@@ -101,7 +104,8 @@ def torch_pruning(
                 importance.accumulate_grad(net)
         net.eval()
         pruner.step()
-        if trace(net, lambda m: m(example)).macs <= dense / ratio:
+        macs = trace(net, lambda m: m(example)).macs
+        if macs <= dense / ratio:
             break
     raw = accuracy(net, test)
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -112,7 +116,7 @@ def torch_pruning(
     with torch.no_grad():
         for x, _ in train:
             net(x)
-    return {"torch_pruning_raw": raw, "torch_pruning": accuracy(net, test)}
+    return {"torch_pruning_raw": raw, "torch_pruning": accuracy(net, test), "torch_pruning_ratio": dense / macs}
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gracile.data import Batch, Data, call_model, does_not_run, first_line, logits_of
 from gracile.errors import ConfigError, DataError, GracileError, ModelError
 from gracile.evaluate.quality import aggregate, collect
+from gracile.modes import eval_mode
 
 
 def check_request(model: Any, data: Any, teacher: Any = None) -> None:
@@ -35,17 +36,11 @@ def check_request(model: Any, data: Any, teacher: Any = None) -> None:
         raise DataError("Data(evaluation=...) without a metric.\n  Pass metric=gracile.metrics.accuracy, or another.")
     if data.metric is not None and data.evaluation is None:
         raise DataError("Data(metric=...) without evaluation data.\n  Pass evaluation=labelled_batches.")
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            for role in ("calibration", "train", "evaluation"):
-                if getattr(data, role) is not None:
-                    _check_role(model, data, role)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for role in ("calibration", "train", "evaluation"):
+            if getattr(data, role) is not None:
+                _check_role(model, data, role)
 
 
 def copy_of(model: nn.Module) -> nn.Module:

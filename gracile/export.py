@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from gracile.data import Batch, Data, batch_size, call_model
 from gracile.errors import ModelError, TargetError
 from gracile.evaluate.latency import Latency, measure_latency
 from gracile.evaluate.parity import Parity, measure_parity
+from gracile.modes import eval_mode
 from gracile.targets.base import Target
 
 logger = logging.getLogger(__name__)
@@ -73,7 +72,7 @@ def export(
     written = target.export(model, example, path, feed=feed)
     runner = target.load(written)
     fed = feed(example) if feed is not None else example
-    with _evaluating(model), torch.inference_mode():
+    with eval_mode(model), torch.inference_mode():
         parity = measure_parity(call_model(model, example, feed), runner(fed))
         latency = measure_latency(
             {"pytorch": lambda: call_model(model, example, feed), target.name: lambda: runner(fed)},
@@ -86,15 +85,3 @@ def export(
     beside = written.with_name(f"{written.name}.data")
     size = sum(file.stat().st_size for file in (written, beside) if file.exists())
     return ExportEvidence(path=written, target=target.name, size_bytes=size, parity=parity, latency=latency)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, each module's own mode restored after."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

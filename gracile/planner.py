@@ -22,6 +22,7 @@ from gracile.patterns import Channels, Heads
 from gracile.recipe import Recipe, Step
 from gracile.report.model import Measurement
 from gracile.report.plain import plain
+from gracile.solvers import LeastSquares
 from gracile.steps.distill import Distill
 from gracile.steps.prune import Prune
 from gracile.steps.quantize import Quantize
@@ -63,7 +64,8 @@ def prune_steps(fraction: float, traced: Trace, data: Data) -> list[Step]:
     criterion = Taylor() if data.train is not None and data.loss is not None else Magnitude()
     kinds = {group.kind for group in traced.groups if group.frozen is None}
     patterns = [p for p in (Channels(multiple_of=WIDTH_MULTIPLE), Heads()) if set(p.kinds) & kinds]
-    return [Prune(fraction, criterion=criterion, pattern=pattern) for pattern in patterns]
+    repair = LeastSquares() if data.has_calibration else None
+    return [Prune(fraction, criterion=criterion, pattern=pattern, repair=repair) for pattern in patterns]
 
 
 def recipe_for(

@@ -21,6 +21,7 @@ STEPS = [
     gc.Prune(to=gc.Latency(0.5, target=gc.PyTorch(threads=1)), pattern=gc.Channels()),
     gc.Prune(pattern=gc.NM(2, 4), criterion=gc.criteria.Random(seed=3)),
     gc.Prune(0.5, allocation=gc.allocate.Uniform()),
+    gc.Prune(0.5, pattern=gc.Channels(), repair=gc.solvers.LeastSquares()),
     gc.Prune(0.5, allocation=gc.allocate.GlobalRank(max_fraction=0.9, per_cost=True)),
     gc.Quantize(gc.W8A8),
     gc.Quantize(gc.W8A16, ranges=gc.ranges.MinMax()),
@@ -58,6 +59,7 @@ def test_every_public_member_of_every_family_is_in_a_step_above():
         (gc.losses, {"DistillationLoss"}),
         (gc.ranges, {"Range"}),
         (gc.formats, {"Format", "Granularity"}),
+        (gc.solvers, {"Moments"}),
         (gc.targets, {"Target", "Capabilities", "Runner", "Outputs"}),
     ):
         for name in set(family.__all__) - settings:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from gracile.data import Batch, Data
 from gracile.errors import ConfigError, DataError
 from gracile.layer_stats import ACTIVATION_STATS, LayerStats
+from gracile.modes import eval_mode
 from gracile.stats.histogram import StreamingHistogram
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -48,10 +49,8 @@ def collect_activations(
         model.get_submodule(name).register_forward_hook(acc.hook, with_kwargs=True)
         for name, acc in accumulators.items()
     ]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        with torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             count = 0
             for batch in data.calibration_batches:
                 data.forward(model, batch)
@@ -61,8 +60,6 @@ def collect_activations(
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes:
-            module.training = training
     if count == 0:
         raise DataError("The calibration data hold no batches.")
     return {name: acc.freeze() for name, acc in accumulators.items() if acc.calls}

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gracile.data import Batch, Data, batch_size, slice_batch
 from gracile.errors import ConfigError, DataError
 from gracile.layer_stats import GRADIENT_STATS, LayerStats
+from gracile.modes import eval_mode
 
 
 def collect_gradients(
@@ -45,12 +46,10 @@ def collect_gradients(
     tensors = dict(model.named_parameters(remove_duplicate=False))
     wanted = {name: tensors[name] for name in parameters}
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     for p in model.parameters():
         p.requires_grad_(any(p is w for w in wanted.values()))
     try:
-        with torch.enable_grad():
+        with eval_mode(model), torch.enable_grad():
             sums, count = _first_order(model, wanted, needs, data, examples, on_example)
             if "hessian_diagonal" in needs:
                 with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
@@ -58,8 +57,6 @@ def collect_gradients(
     finally:
         for name, p in model.named_parameters():
             p.requires_grad_(flags[name])
-        for module, training in modes:
-            module.training = training
     fields: dict[str, dict[str, Any]] = {name: {key: s[name] for key, s in sums.items()} for name in wanted}
     return {name: LayerStats(**values, examples=count) for name, values in fields.items()}
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gracile.data import Batch, Data, logits_of
+from gracile.modes import eval_mode
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 FLOOR = 1e-12  # of a variance in a ratio: a channel that is constant in both models keeps its stored variance
@@ -55,23 +56,17 @@ def match_statistics(
     """
     fitted, held_out = split_batches(data)
     layers = _correctable(model, original, biases)
-    modes = [(m, m.training) for net in (model, original) for m in net.modules()]
-    model.eval(), original.eval()
-    before = _output_error(model, original, data, held_out)
+    before = output_error(model, original, data, held_out)
     backup = {name: _state(model.get_submodule(name)) for name in layers}
     matcher = _Matcher(model, original, layers, kept)
-    try:
-        with torch.no_grad(), matcher:
-            for i, batch in enumerate(fitted):
-                data.forward(original, batch)
-                data.forward(model, batch)
-                if on_batch is not None:
-                    on_batch(i + 1)
-        matcher.store()
-        after = _output_error(model, original, data, held_out)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with eval_mode(model, original), torch.no_grad(), matcher:
+        for i, batch in enumerate(fitted):
+            data.forward(original, batch)
+            data.forward(model, batch)
+            if on_batch is not None:
+                on_batch(i + 1)
+    matcher.store()
+    after = output_error(model, original, data, held_out)
     accepted = after < before
     if not accepted:
         with torch.no_grad():
@@ -113,9 +108,10 @@ def _state(module: nn.Module) -> dict[str, Tensor]:
     return {key: getattr(module, key).detach().clone() for key in keys}
 
 
-def _output_error(model: nn.Module, original: nn.Module, data: Data, batches: list[Batch]) -> float:
+def output_error(model: nn.Module, original: nn.Module, data: Data, batches: list[Batch]) -> float:
+    """‖y − y₀‖² / ‖y₀‖² over the batches: the model's main output against the original's; infinity for other shapes."""
     error = scale = 0.0
-    with torch.no_grad():
+    with eval_mode(model, original), torch.no_grad():
         for batch in batches:
             reference = logits_of(data.forward(original, batch)).double()
             output = logits_of(data.forward(model, batch)).double()

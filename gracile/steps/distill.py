@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -14,6 +12,7 @@ from gracile.context import Context
 from gracile.data import Batch, logits_of
 from gracile.errors import ConfigError, DataError
 from gracile.losses import SoftLabels
+from gracile.modes import eval_mode
 from gracile.recipe import Recorder, Step
 from gracile.report.model import LayerRow, StepRecord
 from gracile.steps.optimizers import SGD, AdamW, default_optimizer
@@ -98,7 +97,7 @@ class Distill(Step):
             return loss
 
         schedule = Schedule(self.epochs, self.optimizer or default_optimizer(model), self.mixed_precision)
-        with _evaluating(context.teacher):
+        with eval_mode(context.teacher):
             train(model, objective, split, schedule, context, recorder)
         recorder.layers.append(LayerRow(name="(all)", kind=type(model).__name__, action="trained"))
         return recorder.record()
@@ -146,20 +145,8 @@ class Finetune(Step):
 
 
 def _answers(model: nn.Module, batch: Batch, context: Context) -> Tensor:
-    with _evaluating(model):
+    with eval_mode(model):
         return logits_of(context.data.forward(model, batch))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode for a while; it may be the user's own, and is left as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _check_training(step: Step, epochs: int, held_out: float, optimizer: SGD | AdamW | None) -> None:

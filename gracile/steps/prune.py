@@ -33,7 +33,7 @@ class Prune(Step):
     criterion: (weight, stats) -> scores, higher is kept.
     pattern: what is removed together.
     allocation: how a total is shared out over layers. None: `GlobalRank()` for units, `Uniform()` for weights.
-    repair: how the remaining weights make good a cut of units: LeastSquares(), or None. Kept only if the output error
+    repair: how the remaining weights make good a cut of units: solvers.LeastSquares(). Kept only if the output error
         on held-out calibration batches falls. Single weights are not repaired.
     correct: batch-norm and bias correction after the cut, by the difference to the model before it on the calibration
         batches; kept only if the output error on held-out batches falls.
@@ -48,7 +48,7 @@ class Prune(Step):
     criterion: Any = Magnitude()
     pattern: Any = Unstructured()
     allocation: Uniform | GlobalRank | None = None
-    repair: LeastSquares | None = LeastSquares()
+    repair: LeastSquares | None = None
     correct: bool = True
     exclude: tuple[str, ...] = ()
     examples: int = 256

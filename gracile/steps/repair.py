@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor, nn
 
 from gracile.context import Context
 from gracile.graph import Trace
+from gracile.modes import eval_mode
 from gracile.recipe import Recorder
 from gracile.report.model import LayerRow
 from gracile.solvers import LeastSquares
-from gracile.stats.match import split_batches
+from gracile.stats.match import output_error, split_batches
 from gracile.stats.refit import refit, refittable
 from gracile.steps.correct import copy_model, correct_statistics
 from gracile.surgery import Resize
@@ -40,10 +42,10 @@ def repair_units(
             correct_statistics(model, reference, context, recorder, kept)
         return
     plain, plain_recorder = copy_model(model), Recorder(step)
-    without = correct_statistics(plain, reference, context, plain_recorder, kept)
+    without = _settle(plain, reference, step, context, plain_recorder, kept)
     layers = _refit(model, reference, traced, edit, step.repair, context)
     refitted_recorder = Recorder(step)
-    error = correct_statistics(model, reference, context, refitted_recorder, kept)
+    error = _settle(model, reference, step, context, refitted_recorder, kept)
     accepted = error < without
     if not accepted:
         model.load_state_dict(plain.state_dict())
@@ -62,6 +64,20 @@ def repair_units(
     )
 
 
+def _settle(
+    model: nn.Module,
+    reference: nn.Module,
+    step: Prune,
+    context: Context,
+    recorder: Recorder,
+    kept: Mapping[str, Tensor],
+) -> float:
+    """Correct statistics if the step says so; returns the output error on held-out batches either way."""
+    if step.correct:
+        return correct_statistics(model, reference, context, recorder, kept)
+    return output_error(model, reference, context.data, split_batches(context.data)[1])
+
+
 def _refit(
     model: nn.Module, reference: nn.Module, traced: Trace, edit: Resize, solver: LeastSquares, context: Context
 ) -> list[str]:
@@ -73,9 +89,7 @@ def _refit(
     later = order[order.index(lost_inputs[0]) :]
     layers = [n for n in later if refittable(model.get_submodule(n)) and refittable(reference.get_submodule(n))]
     rows = {n: torch.tensor(edit.keep[f"{n}.weight:0"]) for n in layers if f"{n}.weight:0" in edit.keep}
-    modes = [(module, module.training) for net in (model, reference) for module in net.modules()]
-    model.eval(), reference.eval()
-    try:
+    with eval_mode(model, reference):
         refit(
             model,
             reference,
@@ -88,9 +102,6 @@ def _refit(
             generator=context.generator("refit"),
             on_layer=lambda n: context.progress("refit", n, len(layers)),
         )
-    finally:
-        for module, training in modes:
-            module.training = training
     return layers
 
 
