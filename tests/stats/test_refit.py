@@ -1,0 +1,160 @@
+"""Refitting layers in place: against an explicit regression on hooked inputs, layer after layer."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gracile.data import Data
+from gracile.solvers import LeastSquares
+from gracile.stats import refit as module
+from gracile.stats.refit import refit, refittable
+
+
+def batches(shape: tuple[int, ...], count: int = 6) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    return [torch.randn(shape, generator=generator) for _ in range(count)]
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+
+
+def convolutional() -> nn.Sequential:
+    torch.manual_seed(1)
+    layers = (nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 5, 3, stride=2, padding=1), nn.ReLU())
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(80, 4)).eval()
+
+
+def cut(net: nn.Sequential, first: int, second: int, keep: list[int]) -> nn.Sequential:
+    """By hand: output rows of one layer, input columns of the next."""
+    small = copy.deepcopy(net)
+    kept = torch.tensor(keep)
+    small[first].weight = nn.Parameter(net[first].weight[kept].detach().clone())
+    small[first].bias = nn.Parameter(net[first].bias[kept].detach().clone())
+    small[second].weight = nn.Parameter(net[second].weight[:, kept].detach().clone())
+    return small
+
+
+def run(model: nn.Module, original: nn.Module, layers: list[str], data: list[Tensor], **settings: object) -> None:
+    options = {"kept": {}, "normalised": set(), "generator": torch.Generator().manual_seed(0)} | settings
+    solver = options.pop("solver", LeastSquares(damping=1e-9))
+    refit(model, original, layers, data, Data(calibration=data), solver=solver, **options)
+
+
+def regression(x: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ordinary least squares with an intercept, by NumPy: weights [out, d] and bias [out]."""
+    stacked = np.hstack([x, np.ones((len(x), 1))])
+    solved = np.linalg.lstsq(stacked, target, rcond=None)[0]
+    return solved[:-1].T, solved[-1]
+
+
+def test_each_linear_layer_is_regressed_on_what_the_layers_before_now_give() -> None:
+    original = mlp()
+    model = cut(original, 0, 2, [0, 2, 3, 5, 8])
+    data = batches((50, 6))
+    hidden = F.relu(model[0](torch.cat(data))).detach()
+    run(model, original, ["2", "4"], data)
+    inputs = torch.cat(data)
+    targets = original[2](F.relu(original[0](inputs))).detach()
+    weight, bias = regression(hidden.numpy(), targets.numpy())
+    # float32 inputs against a damping of 1e-9: agreement to about single precision times the condition of the system
+    np.testing.assert_allclose(model[2].weight.detach().numpy(), weight, atol=2e-4)
+    np.testing.assert_allclose(model[2].bias.detach().numpy(), bias, atol=2e-4)
+    second = F.relu(model[2](hidden)).detach()
+    weight, bias = regression(second.numpy(), original(inputs).detach().numpy())
+    # Units that never fire leave their weights open, so what is computed is compared.
+    fitted = second.numpy() @ weight.T + bias
+    np.testing.assert_allclose(model[4](second).detach().numpy(), fitted, atol=1e-4)
+
+
+def test_a_strided_convolution_is_regressed_on_its_patches() -> None:
+    original = convolutional()
+    model = cut(original, 0, 2, [1, 2, 4, 5, 7])
+    data = batches((10, 3, 8, 8))
+    inputs = torch.cat(data)
+    run(model, original, ["2"], data)
+    patches = F.unfold(F.relu(model[0](inputs)), 3, padding=1, stride=2).transpose(1, 2).reshape(-1, 45).detach()
+    targets = original[2](F.relu(original[0](inputs))).movedim(1, -1).reshape(-1, 5).detach()
+    weight, bias = regression(patches.numpy(), targets.numpy())
+    np.testing.assert_allclose(model[2].weight.detach().flatten(1).numpy(), weight, atol=2e-4)
+    np.testing.assert_allclose(model[2].bias.detach().numpy(), bias, atol=2e-4)
+
+
+def test_a_layer_that_lost_outputs_aims_at_those_it_still_has() -> None:
+    original = mlp()
+    model = cut(original, 2, 4, [0, 3, 4, 6])
+    before = copy.deepcopy(model)
+    run(model, original, ["2"], batches((50, 6)), kept={"2": torch.tensor([0, 3, 4, 6])})
+    # Its inputs are untouched, so the best weights for the rows that stay are the rows themselves.
+    torch.testing.assert_close(model[2].weight, before[2].weight, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model[2].bias, before[2].bias, atol=1e-5, rtol=0)
+
+
+def test_zeros_stay_zero_and_the_bias_of_a_sparse_layer_stays() -> None:
+    original = mlp()
+    model = cut(original, 0, 2, [0, 2, 3, 5, 8])
+    with torch.no_grad():
+        model[2].weight[::2, 1] = 0
+    zeros, bias = model[2].weight == 0, model[2].bias.detach().clone()
+    before = model[2].weight.detach().clone()
+    run(model, original, ["2"], batches((50, 6)))
+    assert bool((model[2].weight[zeros] == 0).all())
+    assert not torch.equal(model[2].weight, before)
+    assert torch.equal(model[2].bias, bias)
+
+
+def test_few_rows_are_drawn_of_many_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a tenth of the positions the fit is another one, yet close: the draw is of the same positions in both."""
+    original = convolutional()
+    whole, part = (cut(original, 0, 2, [1, 2, 4, 5, 7]) for _ in range(2))
+    data = batches((40, 3, 8, 8))
+    run(whole, original, ["2"], data)
+    monkeypatch.setattr(module, "ROWS", 6 * 200)
+    run(part, original, ["2"], data)
+    a, b = whole[2].weight.detach(), part[2].weight.detach()
+    difference = float((a - b).norm() / a.norm())
+    assert 0 < difference < 0.5
+
+
+def test_the_rest_of_the_forward_is_not_run_and_hooks_are_gone() -> None:
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.reached = nn.Linear(4, 4), nn.Linear(4, 2), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            self.reached += 1
+            out: Tensor = self.second(x)
+            return out
+
+    original = Counting().eval()
+    model = copy.deepcopy(original)
+    run(model, original, ["first"], batches((8, 4), 2))
+    assert model.reached == original.reached == 0
+    assert not model.first._forward_pre_hooks and not original.first._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        (nn.Linear(2, 2), True),
+        (nn.Conv2d(2, 2, 3), True),
+        (nn.Conv1d(2, 2, 3, padding=1), True),
+        (nn.Conv2d(2, 2, 3, groups=2), False),
+        (nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"), False),
+        (nn.Conv2d(2, 2, 3, padding="same"), False),
+        (nn.ConvTranspose2d(2, 2, 3), False),
+        (nn.Embedding(2, 2), False),
+    ],
+    ids=repr,
+)
+def test_which_layers_can_be_refitted(layer: nn.Module, expected: bool) -> None:
+    assert refittable(layer) is expected
