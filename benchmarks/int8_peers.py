@@ -1,7 +1,8 @@
 """int8 of ResNet-32 and MiniLM beside ONNX Runtime's static quantizer and NNCF: same model, same calibration data.
 
 All files are judged on the same test data on the runtime that serves them and timed in turn in one process. Peers use
-their documented settings for the kind of model (per-channel weights; NNCF's mixed preset, transformer type for MiniLM).
+their documented settings for the kind of model (per-channel weights; NNCF's mixed preset, transformer type for MiniLM),
+and so do we (for MiniLM min-max ranges and SmoothQuant, which is also what `optimize` plans for it).
 
     python -m benchmarks.int8_peers resnet32|minilm --folder runs/int8 [--seed 0] [--seconds 60]
 """
@@ -142,7 +143,10 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     task = {"resnet32": resnet32, "minilm": minilm}[args.task](args.seed)
     data = gc.Data(calibration=task.calibration)
-    quantized = gc.compress(task.model, gc.Quantize(gc.W8A8), data, seed=args.seed).model
+    step = gc.Quantize(gc.W8A8)
+    if task.transformer:
+        step = gc.Quantize(gc.W8A8, ranges=gc.ranges.MinMax(), equalize=gc.equalize.SmoothQuant())
+    quantized = gc.compress(task.model, step, data, seed=args.seed).model
     example = task.calibration[0]
     ort, vino, free = gc.OnnxRuntime(), gc.OpenVINO(), gc.OpenVINO(precision="default")
     source = ort.export(task.model, example, args.folder / "float.onnx")

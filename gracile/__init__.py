@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gracile import allocate, criteria, formats, losses, metrics, patterns, ranges, solvers, targets
+from gracile import allocate, criteria, equalize, formats, losses, metrics, patterns, ranges, solvers, targets
 from gracile.artifact import load
 from gracile.compress import compress
 from gracile.context import Context, Progress
@@ -83,6 +83,7 @@ __all__ = [
     "allocate",
     "compress",
     "criteria",
+    "equalize",
     "export",
     "formats",
     "load",

@@ -29,6 +29,8 @@ class LayerStats:
     input, output: histogram of all values of the layer's input / output over the calibration data.
     input_mean: [d] float64, mean over tokens or positions, d = in-features, or in/groups·kh·kw·groups unfolded inputs.
     input_sq_mean: [d] float64, mean of squares.
+    input_peak: [in] float32, max|x| of each input channel of a linear layer.
+    input_rows: [n, in] float32, a few hundred inputs of a linear layer, evenly spread over the calibration data.
     gram: [groups, d/groups, d/groups] float64 or float32, H = (2/N) Σ x xᵀ over N tokens or positions.
     output_mean: [out] float64, mean of the output per channel.
     gradient: shape of the weight, float32, dL/dw averaged over examples.
@@ -42,6 +44,8 @@ class LayerStats:
     output: Histogram | None = None
     input_mean: Tensor | None = None
     input_sq_mean: Tensor | None = None
+    input_peak: Tensor | None = None
+    input_rows: Tensor | None = None
     gram: Tensor | None = None
     output_mean: Tensor | None = None
     gradient: Tensor | None = None
@@ -51,5 +55,7 @@ class LayerStats:
 
 
 #: Names that a criterion, a range or a repair may ask for, and what they need from the data.
-ACTIVATION_STATS = frozenset({"input", "output", "input_mean", "input_sq_mean", "gram", "output_mean"})
+ACTIVATION_STATS = frozenset({"input", "output", "input_mean", "input_sq_mean", "gram", "output_mean"}) | frozenset(
+    {"input_peak", "input_rows"}
+)
 GRADIENT_STATS = frozenset({"gradient", "gradient_sq", "hessian_diagonal"})

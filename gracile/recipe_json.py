@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import is_dataclass
 from typing import Any
 
-from gracile import allocate, criteria, formats, goal, losses, patterns, ranges, solvers, targets
+from gracile import allocate, criteria, equalize, formats, goal, losses, patterns, ranges, solvers, targets
 from gracile.config import from_config
 from gracile.errors import ConfigError
 from gracile.formats import W4A16, W8A8, W8A16, FixedPoint, Format, Int, Scheme
@@ -37,7 +37,7 @@ def recipe_from_json(config: Any) -> Step:
 
 def classes() -> dict[str, Callable[..., Any]]:
     """What a recipe may name: steps, and the public settings of every family that they are made of."""
-    families = (criteria, losses, ranges, formats, solvers, targets)
+    families = (criteria, equalize, losses, ranges, formats, solvers, targets)
     members = [getattr(family, name) for family in families for name in family.__all__]
     members += [patterns.Unstructured, patterns.NM, patterns.Channels, patterns.Heads]
     members += [allocate.Uniform, allocate.GlobalRank, goal.MACs, goal.Parameters, goal.Bytes, goal.Latency]

@@ -22,12 +22,21 @@ from gracile.evaluate.quality import aggregate, compare
 from gracile.goal import Goal, Latency
 from gracile.graph import Trace, trace
 from gracile.measure import Subject, measure
-from gracile.planner import Form, broken_limits, forms, goal_data, mixed_precision_pays, prune_steps, recipe_for
+from gracile.planner import (
+    Form,
+    broken_limits,
+    forms,
+    goal_data,
+    mixed_precision_pays,
+    prune_steps,
+    quantize_step,
+    recipe_for,
+)
+from gracile.ranges import MinMax
 from gracile.recipe import Recipe
 from gracile.report.model import Candidate, StepRecord
 from gracile.result import Result
 from gracile.run_directory import RunDirectory, fingerprint_data, fingerprint_model
-from gracile.steps.quantize import Quantize
 from gracile.surgery import Edit
 
 #: A form must be this much faster than plain float to be tried: less is within what timing can tell.
@@ -201,7 +210,8 @@ class Search:
         """A quantized copy, uncorrected: for timing only."""
         assert form.scheme is not None
         net = copy.deepcopy(base)
-        Quantize(form.scheme, correct=False)(net, self.context(net))
+        step = replace(quantize_step(form.scheme, self.traced), ranges=MinMax(), correct=False)
+        step(net, self.context(net))
         return net
 
     def context(self, net: nn.Module) -> Context:

@@ -25,6 +25,7 @@ STEPS = [
     gc.Prune(0.5, allocation=gc.allocate.GlobalRank(max_fraction=0.9, per_cost=True)),
     gc.Quantize(gc.W8A8),
     gc.Quantize(gc.W8A16, ranges=gc.ranges.MinMax()),
+    gc.Quantize(gc.W8A8, equalize=gc.equalize.SmoothQuant(alphas=(0.5, 0.7), minimum_gain=1.5)),
     gc.Quantize(gc.W4A16(group=32), ranges=gc.ranges.MSE(thresholds=64, power=2.4), exclude=("stem",)),
     gc.Quantize(gc.Int(bits=4, symmetric=False), ranges=gc.ranges.Percentile(99.9), correct=False),
     gc.Quantize(gc.Int(3, gc.formats.PerTensor())),
@@ -60,6 +61,7 @@ def test_every_public_member_of_every_family_is_in_a_step_above():
         (gc.ranges, {"Range"}),
         (gc.formats, {"Format", "Granularity"}),
         (gc.solvers, {"Moments"}),
+        (gc.equalize, set()),
         (gc.targets, {"Target", "Capabilities", "Runner", "Outputs"}),
     ):
         for name in set(family.__all__) - settings:

@@ -49,7 +49,8 @@ def quantize_layer(old: nn.Module, tensors: dict[str, Tensor], config: dict[str,
     """The quantized layer that stands for a float one, with its values.
 
     tensors: the buffers by name: weight_codes, weight_scale, ... (the weight's format's tensors), input_scale and
-        input_zero_point where config has an input format, the same for the output; optionally bias [out].
+        input_zero_point where config has an input format, the same for the output; optionally bias [out], and
+        input_multiplier [in] where config has {"smooth": true}.
     config: see `QuantizedLayer`.
     """
     layer = build_layer(str(quantized_kind(old)), config, old)
@@ -58,6 +59,8 @@ def quantize_layer(old: nn.Module, tensors: dict[str, Tensor], config: dict[str,
     for role, fmt in (("input", layer.input_format), ("output", layer.output_format)):
         if fmt is not None:
             layer.set_range(role, tensors[f"{role}_scale"], tensors.get(f"{role}_zero_point"))
+    if "input_multiplier" in tensors:
+        layer._buffers["input_multiplier"] = tensors["input_multiplier"].detach().float()
     if "bias" in tensors:
         assert layer.bias is not None, "config needs {'bias': true}"
         layer.bias.data = tensors["bias"].detach().to(layer.bias)

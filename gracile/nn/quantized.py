@@ -27,7 +27,8 @@ class QuantizedLayer(TrainsOnGrid):
         """Room for the tensors, not yet the right values.
 
         config: {"weight": format, "input": format or None, "output": format or None} as `format_to_config` writes them;
-            {"bias": true} gives the layer a bias that the old one lacks.
+            {"bias": true} gives the layer a bias that the old one lacks. {"smooth": true} multiplies a linear layer's
+            inputs by a buffer `input_multiplier` [in] before they are put on their grid.
         """
         super().__init__()
         self.weight_format: Format = format_from_config(config["weight"])
@@ -132,9 +133,13 @@ class QuantizedLinear(QuantizedLayer):
     def __init__(self, old: nn.Module, config: dict[str, Any]) -> None:
         super().__init__(old, config)
         self.out_features, self.in_features = self.weight_shape
+        self.input_multiplier: Tensor | None
+        ones = torch.ones(self.in_features, device=old.weight.device)  # type: ignore[arg-type,union-attr]
+        self.register_buffer("input_multiplier", ones if config.get("smooth") else None)
 
     def forward(self, input: Tensor) -> Tensor:
-        x = self._quantized("input", input)
+        x = input if self.input_multiplier is None else input * self.input_multiplier.to(input.dtype)
+        x = self._quantized("input", x)
         return self._quantized("output", F.linear(x, self._weight_as(x), self.bias))
 
 

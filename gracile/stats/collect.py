@@ -25,6 +25,7 @@ def collect_activations(
     needs: Collection[str],
     data: Data,
     *,
+    divisors: Mapping[str, Tensor] | None = None,
     memory_bytes: int | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> dict[str, LayerStats]:
@@ -32,6 +33,7 @@ def collect_activations(
 
     needs: fields of LayerStats out of ACTIVATION_STATS. The model runs in eval mode without gradients; its mode and
     hooks are as before afterwards. A layer that is never called has no entry.
+    divisors: layer -> [in]; what its inputs are divided by before they are looked at. None: nothing is.
     memory_bytes: what the accumulators may take together; None: no bound. Raises ConfigError before the pass if they
     would take more, DataError for no batches or for inputs that are not finite.
     """
@@ -44,7 +46,10 @@ def collect_activations(
             f"The statistics need {estimate / 2**20:.0f} MiB for {len(layers)} layers, more than the "
             f"{memory_bytes / 2**20:.0f} MiB allowed.\n  Work on fewer layers at a time with only(...)."
         )
-    accumulators = {name: _Accumulator(name, model.get_submodule(name), frozenset(needs)) for name in layers}
+    accumulators = {
+        name: _Accumulator(name, model.get_submodule(name), frozenset(needs), (divisors or {}).get(name))
+        for name in layers
+    }
     handles = [
         model.get_submodule(name).register_forward_hook(acc.hook, with_kwargs=True)
         for name, acc in accumulators.items()
@@ -73,6 +78,8 @@ def estimate_bytes(model: nn.Module, layers: Iterable[str], needs: Collection[st
         weight = getattr(module, "weight", None)
         columns = _columns(module, weight) if isinstance(weight, Tensor) else 0
         groups = getattr(module, "groups", 1) if isinstance(module, CONVOLUTIONS) else 1
+        if isinstance(module, nn.Linear):
+            total += 4 * columns * (("input_peak" in needs) + 2 * RowSample.SIZE * ("input_rows" in needs))
         total += 2048 * 8 * (("input" in needs) + ("output" in needs))
         total += 8 * columns * groups * (("input_mean" in needs) + ("input_sq_mean" in needs))
         if "gram" in needs:
@@ -97,8 +104,12 @@ def _outputs(module: nn.Module, weight: Tensor) -> int:
 class _Accumulator:
     """Running sums of one layer; the forward hook feeds it."""
 
-    def __init__(self, name: str, module: nn.Module, needs: frozenset[str]) -> None:
-        self.name, self.module, self.needs = name, module, needs
+    def __init__(self, name: str, module: nn.Module, needs: frozenset[str], divisor: Tensor | None) -> None:
+        self.name, self.module, self.needs, self.divisor = name, module, needs, divisor
+        if not isinstance(module, nn.Linear):
+            self.needs -= {"input_peak", "input_rows"}
+        self.rows = RowSample()
+        self.peak: Tensor | None = None
         self.calls = 0
         self.count = 0  # tokens or positions behind the sums
         self.sums: dict[str, Tensor] = {}
@@ -115,8 +126,15 @@ class _Accumulator:
                     f"Layer '{self.name}' receives values that are not finite (NaN or infinity).\n"
                     f"  Check the calibration data and the model for them."
                 )
+            if self.divisor is not None:
+                x = x / self.divisor.to(x)
             if "input" in self.histograms:
                 self.histograms["input"].update(x)
+            if "input_peak" in self.needs:
+                peak = x.detach().reshape(-1, x.shape[-1]).float().abs().amax(0)
+                self.peak = peak if self.peak is None else torch.maximum(self.peak, peak)
+            if "input_rows" in self.needs:
+                self.rows.add(x.detach().reshape(-1, x.shape[-1]))
             if self.needs & {"input_mean", "input_sq_mean", "gram"}:
                 self._add_moments(unfold_input(self.module, x))
         if y is not None and y.is_floating_point():
@@ -152,9 +170,31 @@ class _Accumulator:
                 fields[key] = total / self.output_count
             else:
                 fields[key] = total * ((2.0 if key == "gram" else 1.0) / self.count)
+        if self.peak is not None:
+            fields["input_peak"] = self.peak
+        if self.rows.kept:
+            fields["input_rows"] = torch.cat(self.rows.kept)
         if "gram" in fields:
             fields["gram"] = (fields["gram"] + fields["gram"].transpose(1, 2)) / 2
         return LayerStats(**fields, examples=self.count or self.output_count)
+
+
+class RowSample:
+    """Between `SIZE` and twice as many rows of a stream, evenly spread over it (all of a stream that has fewer)."""
+
+    SIZE = 256
+
+    def __init__(self) -> None:
+        self.kept: list[Tensor] = []
+        self._quota = self.SIZE  # rows that a batch gives; halved whenever half of what is kept goes
+
+    def add(self, rows: Tensor) -> None:
+        """Rows [n, d] of one batch."""
+        chosen = torch.linspace(0, len(rows) - 1, min(self._quota, len(rows))).round().long()
+        self.kept.append(rows[chosen.to(rows.device)].float().clone())
+        if sum(len(part) for part in self.kept) > 2 * self.SIZE:
+            self.kept = [torch.cat(self.kept)[::2]]
+            self._quota = max(1, self._quota // 2)
 
 
 def unfold_input(module: nn.Module, x: Tensor) -> Tensor:

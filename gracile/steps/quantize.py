@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gracile.context import Context
+from gracile.equalize import SmoothQuant
 from gracile.errors import ConfigError, DataError, NothingChangedError
 from gracile.formats import Format, Int, PerChannel, Scheme, format_to_config
 from gracile.graph import Trace, trace
@@ -22,6 +23,7 @@ from gracile.select import Select, check_exclude
 from gracile.stats.collect import CONVOLUTIONS, collect_activations, first_batch
 from gracile.steps.correct import copy_model, correct_statistics
 from gracile.steps.fold import fold_batch_norms
+from gracile.steps.smooth import smooth
 from gracile.surgery import Swap, apply
 
 #: Operators between a convolution and the next quantized layer that integer kernels take into the convolution.
@@ -34,6 +36,8 @@ class Quantize(Step):
 
     scheme: W8A8, W8A16, W4A16(group), or a Format for weights alone: Int(bits=4), FixedPoint(factor=256).
     ranges: how scales are found from weights and from what calibration saw: MinMax(), Percentile(), MSE().
+    equalize: SmoothQuant() moves outliers of a linear layer's input channels into its weight, where that lowers the
+        layer's output error; needs a scheme with an input format. None: nothing is moved.
     correct: bias correction afterwards, by the difference to the float model on the calibration batches; kept only if
         the output error on held-out batches falls.
     exclude: name patterns of layers that stay as they are.
@@ -44,6 +48,7 @@ class Quantize(Step):
     scheme: Scheme | Format
     _: KW_ONLY
     ranges: MinMax | Percentile | MSE = MSE()
+    equalize: SmoothQuant | None = None
     correct: bool = True
     exclude: tuple[str, ...] = ()
 
@@ -56,6 +61,13 @@ class Quantize(Step):
             )
         if not isinstance(self.ranges, (MinMax, Percentile, MSE)):
             raise ConfigError(f"Quantize(ranges={self.ranges!r}): expected MinMax(), Percentile() or MSE().")
+        if self.equalize is not None and not isinstance(self.equalize, SmoothQuant):
+            raise ConfigError(f"Quantize(equalize={self.equalize!r}): expected equalize.SmoothQuant() or None.")
+        if self.equalize is not None and self._scheme.input is None:
+            raise ConfigError(
+                f"Quantize({self._scheme.name}, equalize=SmoothQuant()): this scheme leaves inputs as they are, so "
+                f"there is nothing to smooth.\n  Leave equalize out, or use W8A8."
+            )
         check_exclude("Quantize", self.exclude)
 
     @property
@@ -85,14 +97,21 @@ class Quantize(Step):
         reference = copy_model(model) if self.correct and context.data.has_calibration else None
         stats: Mapping[str, LayerStats] = {}
         outputs: set[str] = set()
+        scales: dict[str, Tensor] = {}
         if scheme.input is not None:
-            stats, outputs = self._measure(model, layers, context)
-            encoded = {name: self._encode(name, model.get_submodule(name)) for name in layers if name in stats}
+            if self.equalize is not None:
+                scales = smooth(model, layers, self.equalize, self._scheme, self.ranges, context, recorder)
+            stats, outputs = self._measure(model, layers, scales, context)
+            encoded = {
+                name: self._encode(name, model.get_submodule(name), scales.get(name))
+                for name in layers
+                if name in stats
+            }
         for name in layers:
             if scheme.input is not None and name not in stats:
                 recorder.skip(name, type(model.get_submodule(name)).__name__, "never called on the calibration batches")
                 continue
-            self._swap(model, name, encoded[name], stats.get(name), name in outputs, recorder)
+            self._swap(model, name, encoded[name], stats.get(name), name in outputs, scales.get(name), recorder)
         changed = [row for row in recorder.layers if row.action == "quantized"]
         if not changed:
             raise NothingChangedError("Quantize: no layer was quantized.\n  The report's skipped rows say why.")
@@ -137,17 +156,25 @@ class Quantize(Step):
             recorder.edits.append(Swap(pair[1], "Identity"))
             recorder.layers.append(LayerRow(name=pair[1], kind="BatchNorm", action="folded", reason=f"into {pair[0]}"))
 
-    def _measure(self, model: nn.Module, layers: list[str], context: Context) -> tuple[dict[str, LayerStats], set[str]]:
+    def _measure(
+        self, model: nn.Module, layers: list[str], scales: Mapping[str, Tensor], context: Context
+    ) -> tuple[dict[str, LayerStats], set[str]]:
         """The histograms of inputs and outputs, and the layers whose output needs a grid too."""
         traced = _traced(model, context)
         outputs = {name for name in layers if _needs_output_grid(model.get_submodule(name), traced.consumers(name))}
         stats = collect_activations(
-            model, layers, {"input", "output"}, context.data, on_batch=lambda n: context.progress("calibrate", n, None)
+            model,
+            layers,
+            {"input", "output"},
+            context.data,
+            divisors=scales,
+            on_batch=lambda n: context.progress("calibrate", n, None),
         )
         return stats, outputs
 
-    def _encode(self, name: str, layer: nn.Module) -> dict[str, Tensor]:
-        weight = layer.weight.detach()  # type: ignore[operator,union-attr]
+    def _encode(self, name: str, layer: nn.Module, scale: Tensor | None = None) -> dict[str, Tensor]:
+        weight: Tensor = layer.weight.detach()  # type: ignore[operator,union-attr,assignment]
+        weight = weight if scale is None else weight * scale
         if not torch.isfinite(weight).all():
             raise DataError(f"Quantize: the weight of layer '{name}' holds NaN or infinity.")
         fmt = _format_for(layer, self._scheme.weight)
@@ -165,6 +192,7 @@ class Quantize(Step):
         encoded: dict[str, Tensor],
         stats: LayerStats | None,
         needs_output: bool,
+        smoothing: Tensor | None,
         recorder: Recorder,
     ) -> None:
         old: Any = model.get_submodule(name)
@@ -178,6 +206,9 @@ class Quantize(Step):
                     scale, zero_point = self.ranges.activation(histogram, self._scheme.input)
                     config[side] = format_to_config(self._scheme.input)
                     tensors[f"{side}_scale"], tensors[f"{side}_zero_point"] = scale, zero_point
+        if smoothing is not None:
+            config["smooth"] = True
+            tensors["input_multiplier"] = 1 / smoothing
         if isinstance(getattr(old, "bias", None), Tensor):
             config["bias"] = True
             tensors["bias"] = old.bias.detach()
@@ -189,6 +220,7 @@ class Quantize(Step):
         new.train(old.training)
         recorder.edits.append(edit)
         weight = old.weight.detach().float()
+        weight = weight if smoothing is None else weight * smoothing
         error = (fmt.decode(encoded) - weight).square().sum() / weight.square().sum().clamp_min(1e-30)
         recorder.layers.append(
             LayerRow(

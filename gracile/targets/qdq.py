@@ -27,6 +27,7 @@ def to_standard(model: ir.Model) -> None:
 
     rewriter = Rewriter(model.graph)
     _keep_reduced_axes(rewriter)
+    _merge_multiplications(rewriter)
     _write_activations(rewriter)
     write_weights(rewriter)
     write_biases(rewriter)
@@ -122,6 +123,26 @@ def _keep_reduced_axes(rewriter: Rewriter) -> None:
         kept = rewriter.insert(node, node.op_type, inputs, f"{out.name}_kept", out, **others, keepdims=1)
         kept.shape = None
         rewriter.replace(out, rewriter.insert(node, "Squeeze", [kept, *inputs[1:]], f"{out.name}_squeezed", out))
+
+
+def _merge_multiplications(rewriter: Rewriter) -> None:
+    """One multiplication for all layers that smooth one tensor by the same constant, so that they share its grid."""
+    seen: list[tuple[ir.Value, NDArray[Any], ir.Value]] = []
+    for node in rewriter.nodes("Mul"):
+        x, factor = node.inputs
+        constant = array_of(factor)
+        if (
+            x is None
+            or constant is None
+            or not all(u.op_type == "QuantizeDequantize" for u, _ in node.outputs[0].uses())
+        ):
+            continue
+        same = (out for other, values, out in seen if other is x and np.array_equal(values, constant))
+        first = next(same, None)
+        if first is None:
+            seen.append((x, constant, node.outputs[0]))
+        else:
+            rewriter.replace(node.outputs[0], first)
 
 
 def _write_activations(rewriter: Rewriter) -> None:

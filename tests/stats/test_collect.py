@@ -12,7 +12,7 @@ from gracile.data import Data
 from gracile.errors import ConfigError, DataError
 from gracile.layer_stats import LayerStats
 from gracile.stats import collect
-from gracile.stats.collect import collect_activations, estimate_bytes, merge_stats, output_rows
+from gracile.stats.collect import RowSample, collect_activations, estimate_bytes, merge_stats, output_rows
 
 EVERYTHING = ("input", "output", "input_mean", "input_sq_mean", "gram", "output_mean")
 #: Products of a batch are float32 (relative rounding 6e-8 for each of up to some hundred terms).
@@ -245,3 +245,33 @@ def test_merged_records_keep_every_field() -> None:
     merged = merge_stats(a, b)
     assert merged["x"].input_mean is not None and merged["x"].gradient is not None
     assert merged["x"].examples == 9 and merged["y"].examples == 1
+
+
+def test_peaks_and_rows_of_linear_inputs() -> None:
+    net = nn.Sequential(nn.Linear(5, 4), nn.Conv1d(3, 3, 1))
+    generator = torch.Generator().manual_seed(0)
+    data = [torch.randn(40, 3, 5, generator=generator) for _ in range(7)]
+    stats = collect_activations(net, ["0", "1"], {"input_peak", "input_rows"}, Data(calibration=data))
+    rows = torch.cat(data).reshape(-1, 5)
+    assert torch.equal(stats["0"].input_peak, rows.abs().amax(0))
+    sample = stats["0"].input_rows
+    assert RowSample.SIZE <= len(sample) <= 2 * RowSample.SIZE
+    assert all(bool((rows == row).all(1).any()) for row in sample)
+    thirds = [int((sample[:, None] == torch.cat(data[i : i + 2]).reshape(-1, 5)).all(2).any(1).sum()) for i in (0, 5)]
+    assert min(thirds) > 0.15 * len(sample)  # two of seven batches, early or late, are 29 % of the stream
+    assert stats["1"].input_peak is None and stats["1"].input_rows is None
+
+
+def test_a_sample_of_a_short_stream_is_all_of_it() -> None:
+    sample = RowSample()
+    parts = [torch.randn(10, 2), torch.randn(3, 2)]
+    for part in parts:
+        sample.add(part)
+    assert torch.equal(torch.cat(sample.kept), torch.cat(parts))
+
+
+def test_divisors_are_taken_out_before_looking() -> None:
+    net = nn.Sequential(nn.Linear(2, 2))
+    data, divisor = [torch.tensor([[2.0, -8.0], [1.0, 4.0]])], torch.tensor([2.0, 4.0])
+    stats = collect_activations(net, ["0"], {"input"}, Data(calibration=data), divisors={"0": divisor})
+    assert (stats["0"].input.minimum, stats["0"].input.maximum) == (-2.0, 1.0)

@@ -1,0 +1,7 @@
+"""Equalization: scales moved between a layer's inputs and its weight, so that both fit their grids better."""
+
+from __future__ import annotations
+
+from gracile.equalize.smooth_quant import SmoothQuant
+
+__all__ = ["SmoothQuant"]
