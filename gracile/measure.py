@@ -17,6 +17,7 @@ from gracile.evaluate.parity import measure_parity
 from gracile.evaluate.quality import Values, collect, quality
 from gracile.evaluate.size import bits_per_weight, count_parameters, file_bytes, state_bytes
 from gracile.graph import trace
+from gracile.nn import QuantizedLayer
 from gracile.report.model import Measurement
 from gracile.report.plain import plain
 
@@ -48,7 +49,7 @@ class Measured:
 
 
 def measure(
-    subjects: Sequence[Subject],
+    subjects: Sequence[Subject | Measured],
     data: Data,
     directory: Path,
     *,
@@ -59,12 +60,16 @@ def measure(
 ) -> list[Measured]:
     """Export each subject to its target below `directory`, then measure parity, quality, sizes and latency.
 
+    subjects: what an earlier call made of one is timed again as it is, beside the others.
     batch_sizes: of the latency; None: the first evaluation (or calibration) batch as it is. For each, all subjects
     with a target are timed in turn, in random order, for about `seconds` together.
     """
     example = example_batch(data)
     prepared = []
     for i, subject in enumerate(subjects):
+        if isinstance(subject, Measured):
+            prepared.append(subject)
+            continue
         if on_progress is not None:
             on_progress(f"measure {subject.label}", i, len(subjects))
         prepared.append(_prepare(subject, data, example, directory, i, seed))
@@ -81,6 +86,7 @@ def measure(
                     batch_size=batch_size(batch),
                     latency_p50_ms=latency.p50_ms if latency else None,
                     latency_p95_ms=latency.p95_ms if latency else None,
+                    latencies_ms=tuple(round(t, 4) for t in latency.times_ms) if latency else (),
                 )
             )
     return [replace(p, measurements=tuple(timed[i])) for i, p in enumerate(prepared)]
@@ -138,7 +144,7 @@ def _prepare(subject: Subject, data: Data, example: Batch, directory: Path, inde
     measurement = Measurement(
         label=subject.label,
         target=getattr(target, "name", "pytorch reference"),
-        precision=getattr(target, "precision", "f32"),
+        precision=_precision(model, target),
         threads=getattr(target, "threads", None) or torch.get_num_threads(),
         quality=described,
         file_bytes=file_bytes(path) if path is not None else None,
@@ -149,6 +155,14 @@ def _prepare(subject: Subject, data: Data, example: Batch, directory: Path, inde
         instruction_set=instruction_set(),
     )
     return Measured(subject, (measurement,), values, predict, path, parity)
+
+
+def _precision(model: nn.Module, target: Any) -> str:
+    """The runtime's mode, after the integers that quantized layers compute in."""
+    mode = str(getattr(target, "precision", "f32"))
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
+    bits = sorted({layer.input_format.bits for layer in layers if layer.input_format is not None})
+    return " + ".join([*(f"int{b}" for b in bits), mode])
 
 
 def _timed_call(measured: Measured, batch: Batch) -> Callable[[], Any]:

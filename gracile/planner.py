@@ -83,12 +83,13 @@ def recipe_for(
 
 
 def quantize_step(scheme: Scheme, traced: Trace) -> Quantize:
-    """Models with attention have few channels and few tokens of far larger values, and clipping those costs most.
+    """Layer norms leave few channels, and few tokens, with far larger values, and clipping those costs most.
 
     MiniLM in W8A8, squared error of its unit vectors on held-out sentences: 0.0123 by MSE ranges, 0.0132 by min-max,
     0.0093 by MSE and 0.0043 by min-max once smoothed. Convolutions do better with MSE ranges by a fifth of the KL.
     """
-    if scheme.input is not None and any(group.kind in Heads().kinds for group in traced.groups):
+    normalised = any(layer.kind.endswith(("LayerNorm", "RMSNorm")) for layer in traced.layers)
+    if scheme.input is not None and normalised:
         return Quantize(scheme, ranges=MinMax(), equalize=SmoothQuant())
     return Quantize(scheme)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from gracile.errors import GracileError
 from gracile.evaluate.quality import aggregate, compare
 from gracile.goal import Goal, Latency
 from gracile.graph import Trace, trace
-from gracile.measure import Subject, measure
+from gracile.measure import Measured, Subject, measure
 from gracile.planner import (
     Form,
     broken_limits,
@@ -92,6 +92,7 @@ class Search:
         self.forms = forms(goal)
         self.tried: list[Tried] = []
         self.mixed_precision = False
+        self.references: dict[str, Measured] = {}
 
     def run(self) -> Result:
         """The whole search."""
@@ -104,7 +105,8 @@ class Search:
         for form in sorted(self.forms[1:], key=lambda f: profile["full"][f.label]):
             if profile["full"][form.label] <= WORTHWHILE * original_ms or self.goal.objective == "bytes":
                 self.judge(form.label, form, 0.0, original_ms)
-        reason = self.narrow(narrow_form, profile["full"][best_form.label], original_ms)
+        full = profile["full"]
+        reason = self.narrow(narrow_form, full[narrow_form.label], full[best_form.label], original_ms)
         return self.conclude(reason)
 
     def profile(self) -> dict[str, Any]:
@@ -136,8 +138,11 @@ class Search:
         self.tell("profile", 3, 3)
         return profile
 
-    def narrow(self, form: Form, full_ms: float, original_ms: float) -> str:
-        """Try narrower models until the goal's limits decide; returns the reason the search ended."""
+    def narrow(self, form: Form, form_ms: float, full_ms: float, original_ms: float) -> str:
+        """Try narrower models until the goal's limits decide; returns the reason the search ended.
+
+        form_ms: of the full-width model in this form. full_ms: in the form that is fastest at full width.
+        """
         if not prune_steps(0.5, self.traced, self.data):
             return "nothing in this model can be cut; only number formats were tried"
         wanted = [b for b in self.goal.limits if isinstance(b, Latency)]
@@ -145,7 +150,7 @@ class Search:
             limit_ms = min(b.limit(original_ms) for b in wanted)
             if any(t.met for t in self.tried):
                 return "the limits are met without removing units"
-            fraction = self.width_for(form, 0.97 * limit_ms, "limit")
+            fraction = self.width_for(form, 0.97 * limit_ms, form_ms, "limit")
             if fraction is None:
                 return f"no width reaches {limit_ms:.3g} ms on {form.target.name}"
             self.judge("narrow", form, fraction, original_ms)
@@ -154,7 +159,7 @@ class Search:
         for speedup in LADDER:
             if self.out_of_time():
                 return "out of time"
-            fraction = self.width_for(form, full_ms / speedup, f"ladder-{speedup}")
+            fraction = self.width_for(form, full_ms / speedup, form_ms, f"ladder-{speedup}")
             if fraction is None or fraction <= last_met:
                 return f"no width is {speedup}× as fast"
             tried = self.judge(f"narrow {speedup}x", form, fraction, original_ms)
@@ -172,8 +177,12 @@ class Search:
             else "the narrowest width of the ladder is met"
         )
 
-    def width_for(self, form: Form, limit_ms: float, name: str) -> float | None:
-        """The smallest share of units to remove for this measured latency, by bisection; None where none reaches it."""
+    def width_for(self, form: Form, limit_ms: float, form_ms: float, name: str) -> float | None:
+        """The smallest share of units to remove for this measured latency, by bisection; None where none reaches it.
+
+        Every width is timed in turn with the full-width model, whose latency is taken to be form_ms: a machine that is
+        slower for a minute slows both.
+        """
         known = self.run_directory.decision(f"width-{name}")
         if known is not None:
             return known["fraction"]  # type: ignore[no-any-return]
@@ -186,7 +195,7 @@ class Search:
             if base is None:
                 break
             candidate = self.quantized(base, form) if form.scheme is not None else base
-            measured[middle] = self.latencies([Subject("candidate", candidate, form.target)])["candidate"]
+            measured[middle] = form_ms * self.relative_latency(candidate, form)
             if measured[middle] <= limit_ms:
                 high = middle
             else:
@@ -218,13 +227,24 @@ class Search:
         return Context(data=self.data, original=self.model, teacher=self.teacher or self.model, seed=self.seed)
 
     def latencies(self, subjects: list[Subject]) -> dict[str, float]:
-        """Median latency in ms by label, interleaved; quality is not measured."""
+        """Median latency in ms by label, interleaved."""
+        return {m.subject.label: _latency_ms(m) for m in self.timed(subjects, seconds=0.7 * len(subjects))}
+
+    def timed(self, subjects: Sequence[Subject | Measured], seconds: float) -> list[Measured]:
+        """Subjects timed in turn; quality is not measured."""
         timing = replace(self.data, evaluation=None, metric=None, calibration=self.data.calibration_batches)
         with tempfile.TemporaryDirectory() as folder:
-            found = measure(
-                subjects, timing, Path(folder), batch_sizes=(self.goal.batch_size,), seconds=0.7 * len(subjects)
-            )
-        return {m.subject.label: float(m.measurements[0].latency_p50_ms or 0.0) for m in found}
+            return measure(subjects, timing, Path(folder), batch_sizes=(self.goal.batch_size,), seconds=seconds)
+
+    def relative_latency(self, net: nn.Module, form: Form) -> float:
+        """Median latency of a model in a form, as a multiple of the full-width model's; both timed in turn."""
+        reference: Subject | Measured | None = self.references.get(form.label)
+        if reference is None:
+            full = self.quantized(self.model, form) if form.scheme is not None else self.model
+            reference = Subject("full width", full, form.target)
+        before, after = self.timed([reference, Subject("candidate", net, form.target)], seconds=2.0)
+        self.references[form.label] = before
+        return _latency_ms(after) / _latency_ms(before)
 
     def judge(self, name: str, form: Form, fraction: float, original_ms: float) -> Tried:
         """Make a candidate, export it, and measure quality and cost on the target; kept as a decision."""
@@ -263,10 +283,10 @@ class Search:
         )
         broken = [] if comparison.non_inferior else [comparison.verdict]
         broken += broken_limits(goal, before.measurements[0], after.measurements[0])
-        latency = float(after.measurements[0].latency_p50_ms or 0.0)
         return {
             "quality": aggregate(metric, after.values),
-            "latency_ms": latency,
+            # Candidates are judged minutes apart; beside the original in each, they can be compared.
+            "latency_ms": original_ms * _latency_ms(after) / _latency_ms(before),
             "file_bytes": int(after.measurements[0].file_bytes or 0),
             "macs": int(after.measurements[0].macs or 0),
             "drop_bound": comparison.upper_bound,
@@ -335,3 +355,9 @@ class Search:
     def tell(self, phase: str, done: int, total: int) -> None:
         if self.on_progress is not None:
             self.on_progress(Progress(phase, done, total))
+
+
+def _latency_ms(measured: Measured) -> float:
+    value = measured.measurements[0].latency_p50_ms
+    assert value is not None
+    return value

@@ -25,6 +25,7 @@ class Latency:
     p50_ms, p95_ms: median and 95th percentile of `samples` calls, in milliseconds.
     ratio: the first runner's median divided by this one's: 2.0 is twice as fast. ratio_low, ratio_high: 95 % bootstrap
         interval over rounds, in which both were measured. 1 for the first runner itself.
+    times_ms: the single timings in milliseconds, in the order of the rounds; left out of `to_json`.
     precision, threads, batch_size: as the caller states them; None where not stated.
     instruction_set: of the processor, see `instruction_set`.
     """
@@ -35,14 +36,15 @@ class Latency:
     ratio: float
     ratio_low: float
     ratio_high: float
+    times_ms: tuple[float, ...] = ()
     precision: str | None = None
     threads: int | None = None
     batch_size: int | None = None
     instruction_set: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
+        """Plain data, without the single timings."""
+        return {name: value for name, value in asdict(self).items() if name != "times_ms"}
 
 
 def measure_latency(
@@ -115,5 +117,6 @@ def _summary(first: NDArray[Any], times: NDArray[Any], seed: int, **stated: Any)
         ratio=float(np.median(first) / p50),
         ratio_low=float(low),
         ratio_high=float(high),
+        times_ms=tuple(float(t) for t in times),
         **stated,
     )

@@ -58,7 +58,8 @@ class Measurement:
     label: a name for a person ("original", "compressed").
     quality: value, low, high, examples and name of the metric, as measured on this target.
     latency: median and 95th percentile for one batch of `batch_size`, in milliseconds; latencies_ms: single timings.
-    precision: the runtime's own mode ("f32", "bf16"). instruction_set: the widest one it could use ("avx2").
+    precision: the runtime's own mode ("f32", "bf16"), after the integers that quantized layers
+        compute in ("int8 + f32"). instruction_set: the widest one it could use ("avx2").
     file_bytes: the exported file. memory_bytes: parameters and buffers. macs: multiply-accumulates for one example.
     """
 
