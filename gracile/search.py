@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from gracile.errors import GracileError
 from gracile.evaluate.quality import aggregate, compare
 from gracile.goal import Goal, Latency
 from gracile.graph import Trace, trace
-from gracile.measure import Measured, Subject, measure
+from gracile.measure import Subject, measure
 from gracile.planner import (
     Form,
     broken_limits,
@@ -37,6 +37,7 @@ from gracile.recipe import Recipe
 from gracile.report.model import Candidate, StepRecord
 from gracile.result import Result
 from gracile.run_directory import RunDirectory, fingerprint_data, fingerprint_model
+from gracile.stopwatch import Stopwatch, median_ms
 from gracile.surgery import Edit
 
 #: A form must be this much faster than plain float to be tried: less is within what timing can tell.
@@ -92,7 +93,7 @@ class Search:
         self.forms = forms(goal)
         self.tried: list[Tried] = []
         self.mixed_precision = False
-        self.references: dict[str, Measured] = {}
+        self.stopwatch = Stopwatch(data, goal.batch_size)
 
     def run(self) -> Result:
         """The whole search."""
@@ -126,7 +127,7 @@ class Search:
                     quantized[form.label] = self.quantized(base, form)
                 subjects.append(Subject(f"{width} {form.label}", quantized.get(form.label, base), form.target))
         self.tell("profile", 1, 3)
-        latencies = self.latencies(subjects)
+        latencies = self.stopwatch.latencies_ms(subjects)
         profile: dict[str, Any] = {"full": {}, "narrow": {}}
         for label, value in latencies.items():
             width, _, form_label = label.partition(" ")
@@ -226,25 +227,14 @@ class Search:
     def context(self, net: nn.Module) -> Context:
         return Context(data=self.data, original=self.model, teacher=self.teacher or self.model, seed=self.seed)
 
-    def latencies(self, subjects: list[Subject]) -> dict[str, float]:
-        """Median latency in ms by label, interleaved."""
-        return {m.subject.label: _latency_ms(m) for m in self.timed(subjects, seconds=0.7 * len(subjects))}
-
-    def timed(self, subjects: Sequence[Subject | Measured], seconds: float) -> list[Measured]:
-        """Subjects timed in turn; quality is not measured."""
-        timing = replace(self.data, evaluation=None, metric=None, calibration=self.data.calibration_batches)
-        with tempfile.TemporaryDirectory() as folder:
-            return measure(subjects, timing, Path(folder), batch_sizes=(self.goal.batch_size,), seconds=seconds)
-
     def relative_latency(self, net: nn.Module, form: Form) -> float:
         """Median latency of a model in a form, as a multiple of the full-width model's; both timed in turn."""
-        reference: Subject | Measured | None = self.references.get(form.label)
-        if reference is None:
+
+        def reference() -> Subject:
             full = self.quantized(self.model, form) if form.scheme is not None else self.model
-            reference = Subject("full width", full, form.target)
-        before, after = self.timed([reference, Subject("candidate", net, form.target)], seconds=2.0)
-        self.references[form.label] = before
-        return _latency_ms(after) / _latency_ms(before)
+            return Subject("full width", full, form.target)
+
+        return self.stopwatch.relative(Subject("candidate", net, form.target), form.label, reference)
 
     def judge(self, name: str, form: Form, fraction: float, original_ms: float) -> Tried:
         """Make a candidate, export it, and measure quality and cost on the target; kept as a decision."""
@@ -286,7 +276,7 @@ class Search:
         return {
             "quality": aggregate(metric, after.values),
             # Candidates are judged minutes apart; beside the original in each, they can be compared.
-            "latency_ms": original_ms * _latency_ms(after) / _latency_ms(before),
+            "latency_ms": original_ms * median_ms(after) / median_ms(before),
             "file_bytes": int(after.measurements[0].file_bytes or 0),
             "macs": int(after.measurements[0].macs or 0),
             "drop_bound": comparison.upper_bound,
@@ -355,9 +345,3 @@ class Search:
     def tell(self, phase: str, done: int, total: int) -> None:
         if self.on_progress is not None:
             self.on_progress(Progress(phase, done, total))
-
-
-def _latency_ms(measured: Measured) -> float:
-    value = measured.measurements[0].latency_p50_ms
-    assert value is not None
-    return value
