@@ -40,7 +40,8 @@ def classes() -> dict[str, Callable[..., Any]]:
     families = (criteria, equalize, losses, ranges, formats, solvers, targets)
     members = [getattr(family, name) for family in families for name in family.__all__]
     members += [patterns.Unstructured, patterns.NM, patterns.Channels, patterns.Heads]
-    members += [allocate.Uniform, allocate.GlobalRank, goal.MACs, goal.Parameters, goal.Bytes, goal.Latency]
+    members += [allocate.Uniform, allocate.GlobalRank, allocate.MeasuredLoss]
+    members += [goal.MACs, goal.Parameters, goal.Bytes, goal.Latency]
     members += [Distill, Finetune, Prune, SGD, AdamW]
     found = {m.__name__: m for m in members if isinstance(m, type) and is_dataclass(m)}
     return found | {"Recipe": _recipe, "Only": _only, "Quantize": _quantize}

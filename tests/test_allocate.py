@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
-from gracile.allocate import GlobalRank, Uniform
+from gracile.allocate import GlobalRank, Level, MeasuredLoss, Uniform
 from gracile.errors import ConfigError, DataError
 
 ALLOCATIONS = [Uniform(), GlobalRank()]
@@ -86,3 +88,65 @@ def test_nan_scores_and_bad_settings_are_refused() -> None:
         GlobalRank()({"a": torch.tensor([1.0, float("nan")])}, 0.5)
     with pytest.raises(ConfigError, match="max_fraction"):
         GlobalRank(max_fraction=0.0)
+
+
+def tables(seed: int, groups: int = 4, levels: int = 4) -> dict[str, list[Level]]:
+    """Losses that grow with what is removed, more and more; savings in proportion to it."""
+    generator = np.random.default_rng(seed)
+    found = {}
+    for g in range(groups):
+        losses = np.cumsum(generator.random(levels) * np.arange(1, levels + 1)) ** 2
+        price = generator.integers(1, 5)
+        found[f"g{g}"] = [Level(4 * (i + 1), float(losses[i]), float(4 * price * (i + 1))) for i in range(levels)]
+    return found
+
+
+def cost(rows: dict[str, list[Level]], removed: dict[str, int], power: float) -> tuple[float, float]:
+    """Σ loss^power and Σ saved of a choice; between two levels the loss is that of the higher."""
+    loss = saved = 0.0
+    for name, levels in rows.items():
+        if removed[name]:
+            level = next(x for x in levels if x.removed >= removed[name])
+            loss += level.loss**power
+            saved += level.saved * removed[name] / level.removed
+    return loss, saved
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_knapsack_saves_what_is_asked_at_nearly_the_least_loss_of_all_choices(seed: int, power: float) -> None:
+    rows = tables(seed)
+    most = sum(levels[-1].saved for levels in rows.values())
+    for share in (0.2, 0.5, 0.8):
+        removed = MeasuredLoss(power=power).choose(rows, share * most)
+        loss, saved = cost(rows, removed, power)
+        assert share * most <= saved + 1e-9
+        assert saved <= share * most + 4  # one unit of the dearest group too much, at most
+        best = np.inf
+        for levels in itertools.product(*([Level(0, 0.0, 0.0), *found] for found in rows.values())):
+            if sum(level.saved for level in levels) >= share * most:
+                best = min(best, sum(level.loss**power for level in levels))
+        # The relaxation is exact on the convex hull only; between its corners it may pay for one level more.
+        assert loss <= best + max(levels[-1].loss ** power for levels in rows.values()) / 2
+
+
+def test_what_costs_nothing_goes_first_and_all_goes_where_more_is_asked() -> None:
+    rows = {"free": [Level(3, 0.0, 30.0)], "dear": [Level(3, 1.0, 30.0)]}
+    assert MeasuredLoss().choose(rows, 30) == {"free": 3, "dear": 0}
+    assert MeasuredLoss().choose(rows, 40) == {"free": 3, "dear": 1}
+    assert MeasuredLoss().choose(rows, 1e9) == {"free": 3, "dear": 3}
+    assert MeasuredLoss().choose(rows, 0) == {"free": 0, "dear": 0}
+
+
+@pytest.mark.parametrize(
+    ("levels", "units", "expected"),
+    [(4, 16, [4, 8, 12, 15]), (8, 3, [1, 2]), (2, 2, [1]), (8, 1, [])],
+)
+def test_widths_are_equal_steps_and_leave_a_unit(levels: int, units: int, expected: list[int]) -> None:
+    assert MeasuredLoss(levels=levels).counts(units) == expected
+
+
+@pytest.mark.parametrize("settings", [{"power": 0}, {"power": 3}, {"levels": 1}, {"examples": 0}], ids=str)
+def test_impossible_settings_are_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        MeasuredLoss(**settings)  # type: ignore[arg-type]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from gracile.criteria.base import Criterion
+from gracile.criteria.base import Consumer, Criterion
 from gracile.criteria.gradient import Gradient
 from gracile.criteria.hessian import Hessian
 from gracile.criteria.magnitude import Magnitude
+from gracile.criteria.obs import OBS
 from gracile.criteria.random import Random
 from gracile.criteria.taylor import Taylor
 
-__all__ = ["Criterion", "Gradient", "Hessian", "Magnitude", "Random", "Taylor"]
+__all__ = ["OBS", "Consumer", "Criterion", "Gradient", "Hessian", "Magnitude", "Random", "Taylor"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -21,6 +22,22 @@ class Criterion(Protocol):
     def needs(self) -> frozenset[str]: ...
 
     def __call__(self, weight: Tensor, stats: LayerStats) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A layer that reads the units of a group, as a criterion with `unit_scores` sees it.
+
+    layer: its name. weight: [out, d], unfolded. gram: [d, d], (2/N) Σ x xᵀ of its unfolded inputs, about their mean
+    where the layer's bias or a batch norm behind it takes up a shift. mean: [d], of the inputs. columns: [units, k],
+    the columns that read each unit.
+    """
+
+    layer: str
+    weight: Tensor
+    gram: Tensor
+    mean: Tensor
+    columns: Tensor
 
 
 def statistic(criterion: Criterion, stats: LayerStats, name: str, weight: Tensor) -> Tensor:

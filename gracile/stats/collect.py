@@ -197,6 +197,14 @@ class RowSample:
             self._quota = max(1, self._quota // 2)
 
 
+def unfoldable(module: nn.Module) -> bool:
+    """Whether `unfold_input` knows the layer."""
+    if isinstance(module, nn.Linear):
+        return True
+    convolution = isinstance(module, (nn.Conv1d, nn.Conv2d))
+    return convolution and not isinstance(module.padding, str) and module.padding_mode == "zeros"
+
+
 def unfold_input(module: nn.Module, x: Tensor) -> Tensor:
     """Inputs as the rows a layer's unfolded weight multiplies: [groups, tokens or positions, columns].
 

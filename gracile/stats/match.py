@@ -221,3 +221,17 @@ def _rows(module: nn.Module, output: Tensor) -> Tensor:
     if _channel_first(module) and output.ndim > 2:
         return output.movedim(1, -1).flatten(0, -2)
     return output.reshape(-1, output.shape[-1])
+
+
+def divergence(outputs: list[Tensor], references: list[Tensor]) -> float:
+    """KL(softmax y₀ ‖ softmax y), the mean over examples, of outputs [n, classes]; of others ‖y − y₀‖² / ‖y₀‖².
+
+    outputs, references: of a model and of the original, batch by batch. Natural logarithm.
+    """
+    pairs = [(y.double(), y0.double()) for y, y0 in zip(outputs, references, strict=True)]
+    if all(y0.ndim == 2 and y0.shape[1] > 1 for _, y0 in pairs):
+        logs = [(y.log_softmax(1), y0.log_softmax(1)) for y, y0 in pairs]
+        total = sum(float((log_p.exp() * (log_p - log_q)).sum()) for log_q, log_p in logs)
+        return total / sum(len(y0) for _, y0 in pairs)
+    scale = sum(float(y0.square().sum()) for _, y0 in pairs)
+    return sum(float((y - y0).square().sum()) for y, y0 in pairs) / (scale if scale > 0 else 1.0)

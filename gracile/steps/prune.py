@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from gracile.allocate import GlobalRank, Uniform
+from gracile.allocate import GlobalRank, MeasuredLoss, Uniform
 from gracile.context import Context
 from gracile.criteria import Magnitude
 from gracile.errors import ConfigError, DataError
@@ -47,7 +47,7 @@ class Prune(Step):
     to: Budget | None = None
     criterion: Any = Magnitude()
     pattern: Any = Unstructured()
-    allocation: Uniform | GlobalRank | None = None
+    allocation: Uniform | GlobalRank | MeasuredLoss | None = None
     repair: LeastSquares | None = None
     correct: bool = True
     exclude: tuple[str, ...] = ()
@@ -79,7 +79,13 @@ class Prune(Step):
             raise ConfigError(f"Prune(criterion={self.criterion!r}): not a criterion; try Magnitude() or Taylor().")
         if not isinstance(self.pattern, (Unstructured, NM, Channels, Heads)):
             raise ConfigError(f"Prune(pattern={self.pattern!r}): not a pattern; try Unstructured() or Channels().")
-        if self.allocation is not None and (not callable(self.allocation) or isinstance(self.allocation, type)):
+        measures = isinstance(self.allocation, MeasuredLoss)
+        if measures and (not self.cuts_units or self.below is not None):
+            raise ConfigError(
+                "Prune(allocation=MeasuredLoss()): widths of groups of units are what it shares out.\n"
+                "  Use it with pattern=Channels() or Heads(), and a fraction or to=."
+            )
+        if self.allocation is not None and not measures and not _is_function(self.allocation):
             raise ConfigError(
                 f"Prune(allocation={self.allocation!r}): not an allocation; try allocate.Uniform() or "
                 f"allocate.GlobalRank()."
@@ -131,6 +137,10 @@ def needs_gradients(criterion: Any) -> bool:
     from gracile.layer_stats import GRADIENT_STATS
 
     return bool(set(criterion.needs) & GRADIENT_STATS)
+
+
+def _is_function(value: Any) -> bool:
+    return callable(value) and not isinstance(value, type)
 
 
 def _is_number(value: Any) -> bool:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from gracile.allocate import GlobalRank
+from gracile.allocate import GlobalRank, MeasuredLoss
 from gracile.context import Context
-from gracile.criteria import Magnitude
+from gracile.criteria import Consumer, Magnitude
 from gracile.data import Batch
 from gracile.errors import ConfigError, NothingChangedError
 from gracile.graph import CutCheck, Group, Trace, check_cut, plan_resize, trace
@@ -22,9 +23,11 @@ from gracile.report.model import LayerRow
 from gracile.select import Select
 from gracile.stats.collect import first_batch
 from gracile.steps.budget import meet_budget
+from gracile.steps.consumers import collect_consumers, readers
 from gracile.steps.correct import copy_model
 from gracile.steps.repair import repair_units
 from gracile.steps.scores import score_weights
+from gracile.steps.tables import measure_tables
 from gracile.surgery import Resize, apply
 
 if TYPE_CHECKING:
@@ -42,8 +45,11 @@ def prune_units(model: nn.Module, step: Prune, context: Context, recorder: Recor
 
     traced = trace(model, run)
     groups = select_groups(model, traced, step, context, recorder)
-    scores = score_units(model, groups, step, context)
-    keep = choose_units(model, traced, groups, scores, step, context, batch)
+    consumers: dict[str, list[Consumer]] = {}
+    if reads_inputs(step):
+        consumers = collect_consumers(model, traced, groups, context)
+    scores = score_units(model, groups, consumers, step, context)
+    keep = choose_units(model, traced, groups, scores, consumers, step, context, batch)
     if not keep:
         raise NothingChangedError(
             f"Prune: no unit was removed from {len(groups)} groups; each keeps at least one, none scored low enough.\n"
@@ -61,6 +67,11 @@ def prune_units(model: nn.Module, step: Prune, context: Context, recorder: Recor
     recorder.numbers["units_removed"] = sum(traced.group(name).units - len(kept) for name, kept in keep.items())
     if context.data.has_calibration:
         repair_units(model, reference, traced, edit, step, context, recorder)
+
+
+def reads_inputs(step: Prune) -> bool:
+    """Whether the step looks at the layers that read a group, by its criterion or its allocation."""
+    return hasattr(step.criterion, "unit_scores") or isinstance(step.allocation, MeasuredLoss)
 
 
 def select_groups(model: nn.Module, traced: Trace, step: Prune, context: Context, recorder: Recorder) -> list[Group]:
@@ -87,6 +98,8 @@ def select_groups(model: nn.Module, traced: Trace, step: Prune, context: Context
             recorder.skip(group.name, group.kind, f"tied to '{outside[0]}', which is not selected")
         elif group.units < 2:
             recorder.skip(group.name, group.kind, "a single unit")
+        elif reads_inputs(step) and not readers(model, group):
+            recorder.skip(group.name, group.kind, "not all that reads it are linear or ungrouped convolution layers")
         else:
             chosen.append(group)
     if not chosen:
@@ -104,13 +117,17 @@ def _why_none(model: nn.Module) -> str:
     return "The model has no such units; `gracile inspect` lists what it has."
 
 
-def score_units(model: nn.Module, groups: list[Group], step: Prune, context: Context) -> dict[str, Tensor]:
+def score_units(
+    model: nn.Module, groups: list[Group], consumers: Mapping[str, list[Consumer]], step: Prune, context: Context
+) -> dict[str, Tensor]:
     """One score for each unit of each group, higher is kept."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     members = {m.tensor for g in groups for m in g.members if m.tensor in parameters}
     weights = sorted(name for name in members if parameters[name].ndim > 1)
     if step.below is not None and isinstance(step.criterion, Magnitude):
         return {g.name: unit_norms(g.members, {n: parameters[n].detach() for n in weights}) for g in groups}
+    if hasattr(step.criterion, "unit_scores"):
+        return {g.name: step.criterion.unit_scores(consumers[g.name]) for g in groups}
     elementwise = score_weights(model, weights, step.criterion, context, step.examples)
     if step.below is not None:
         return {g.name: reduce_scores(g.members, elementwise) for g in groups}
@@ -122,6 +139,7 @@ def choose_units(
     traced: Trace,
     groups: list[Group],
     scores: dict[str, Tensor],
+    consumers: Mapping[str, list[Consumer]],
     step: Prune,
     context: Context,
     batch: Batch,
@@ -131,6 +149,17 @@ def choose_units(
         removed = {name: int((s < step.below).sum()) for name, s in scores.items()}
         return keep_highest(groups, scores, {n: min(r, scores[n].numel() - 1) for n, r in removed.items()}, step)
     allocation = step.allocation or GlobalRank()
+    if isinstance(allocation, MeasuredLoss):
+        tables = measure_tables(model, traced, groups, scores, consumers, allocation, context)
+
+        def saving(amount: float) -> Keep:
+            return keep_highest(groups, scores, allocation.choose(tables, amount), step)
+
+        if step.to is not None:
+            return meet_budget(step.to, model, traced, lambda f: saving(f * traced.macs), context, batch)
+        assert step.fraction is not None
+        tables = {name: [replace(level, saved=level.removed) for level in levels] for name, levels in tables.items()}
+        return saving(step.fraction * sum(g.units for g in groups))
     costs = {g.name: float(_weights_per_unit(model, g)) for g in groups}
 
     def at(fraction: float) -> Keep:

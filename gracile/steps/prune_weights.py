@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from gracile.allocate import Uniform
+from gracile.allocate import MeasuredLoss, Uniform
 from gracile.context import Context
 from gracile.errors import ConfigError, NothingChangedError
 from gracile.patterns import NM
 from gracile.recipe import Recorder
 from gracile.report.model import LayerRow
 from gracile.select import Select
+from gracile.stats.collect import unfoldable
 from gracile.steps.correct import copy_model, correct_statistics
 from gracile.steps.scores import score_weights
 
@@ -59,6 +60,10 @@ def prune_weights(model: nn.Module, step: Prune, context: Context, recorder: Rec
         raise ConfigError(f"Prune: {type(model).__name__} has no layer with weights that can be pruned.")
     Select(exclude=step.exclude).check([name.rpartition(".")[0] for name in everything])
     weights = [name for name in everything if select.matches(name.rpartition(".")[0])]
+    if "gram" in step.criterion.needs:
+        for name in [n for n in weights if not unfoldable(model.get_submodule(n.rpartition(".")[0]))]:
+            recorder.skip(name.removesuffix(".weight"), everything[name], "its inputs do not unfold into rows")
+            weights.remove(name)
     if not weights:
         raise ConfigError("Prune: the selection leaves no layer with weights that can be pruned.")
     scores = score_weights(model, weights, step.criterion, context, step.examples)
@@ -106,6 +111,7 @@ def _masks(step: Prune, scores: dict[str, Tensor], kinds: dict[str, str], record
         return {name: score >= step.below for name, score in scores.items()}
     assert step.fraction is not None
     allocation = step.allocation or Uniform()
+    assert not isinstance(allocation, MeasuredLoss)  # refused by Prune: single weights have no widths
     removed = allocation({name: score.flatten() for name, score in scores.items()}, step.fraction)
     return {name: step.pattern.mask(score, removed[name] / score.numel()) for name, score in scores.items()}
 

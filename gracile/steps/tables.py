@@ -1,0 +1,94 @@
+"""Loss tables: what removing units of one group alone does to the model's outputs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gracile.allocate import Level, MeasuredLoss
+from gracile.context import Context
+from gracile.criteria import Consumer
+from gracile.data import Batch, Data, batch_size, logits_of
+from gracile.graph import Group, Trace, cut_macs
+from gracile.solvers import LeastSquares, Moments
+from gracile.stats.match import divergence
+
+
+def measure_tables(
+    model: nn.Module,
+    traced: Trace,
+    groups: Sequence[Group],
+    scores: Mapping[str, Tensor],
+    consumers: Mapping[str, Sequence[Consumer]],
+    allocation: MeasuredLoss,
+    context: Context,
+) -> dict[str, list[Level]]:
+    """Group -> a Level for each width, lowest scores removed first; what is saved are multiply-accumulates.
+
+    Nothing is cut: the columns that read the units are set to zero and the others refitted in closed form, on the
+    inputs of the uncut model, which is what the cut would compute.
+    """
+    batches = _some(context.data, allocation.examples)
+    trial = copy.deepcopy(model).eval()
+    references = _outputs(trial, context.data, batches)
+    norms = dict(traced.batch_norm_pairs())
+    full = cut_macs(traced, {})
+    tables: dict[str, list[Level]] = {}
+    for done, group in enumerate(groups):
+        order = torch.argsort(scores[group.name], stable=True)
+        tables[group.name] = []
+        for count in allocation.counts(group.units):
+            kept = order[count:].sort().values
+            undo = [_refit(trial, consumer, kept, norms) for consumer in consumers[group.name]]
+            loss = divergence(_outputs(trial, context.data, batches), references)
+            with torch.no_grad():
+                for tensor, value in [pair for part in undo for pair in part]:
+                    tensor.copy_(value)
+            saved = full - cut_macs(traced, {group.name: kept.tolist()})
+            tables[group.name].append(Level(count, loss, float(saved)))
+        context.progress("loss tables", done + 1, len(groups))
+    return tables
+
+
+@torch.no_grad()
+def _refit(model: nn.Module, consumer: Consumer, kept: Tensor, norms: Mapping[str, str]) -> list[tuple[Tensor, Tensor]]:
+    """Set a reader to its least-squares weight on the columns of the units kept; returns tensors with old values."""
+    layer: Any = model.get_submodule(consumer.layer)
+    weight, gram, mean = (t.double().cpu() for t in (consumer.weight, consumer.gram, consumer.mean))
+    read = torch.zeros(weight.shape[1], dtype=torch.bool)
+    read[consumer.columns.flatten()] = True
+    left = torch.cat([(~read).nonzero().squeeze(1), consumer.columns[kept].flatten()])
+    moments = Moments(gram[left][:, left], gram[:, left], mean[left], mean)
+    solved, _ = LeastSquares()(weight, weight[:, left], moments, centre=False)
+    refitted = torch.zeros_like(weight)
+    refitted[:, left] = solved
+    changed = [(layer.weight, refitted.reshape(layer.weight.shape))]
+    shift = (weight - refitted) @ mean  # of the output's mean, which the bias or the batch norm takes up
+    if layer.bias is not None:
+        changed.append((layer.bias, layer.bias.double().cpu() + shift))
+    elif consumer.layer in norms:
+        norm: Any = model.get_submodule(norms[consumer.layer])
+        changed.append((norm.running_mean, norm.running_mean.double().cpu() - shift))
+    undo = [(tensor, tensor.detach().clone()) for tensor, _ in changed]
+    for tensor, value in changed:
+        tensor.copy_(value)
+    return undo
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, data: Data, batches: Sequence[Batch]) -> list[Tensor]:
+    return [logits_of(data.forward(model, batch)) for batch in batches]
+
+
+def _some(data: Data, examples: int) -> list[Batch]:
+    batches, count = [], 0
+    for batch in data.calibration_batches:
+        batches.append(batch)
+        count += batch_size(batch)
+        if count >= examples:
+            break
+    return batches
