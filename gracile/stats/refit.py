@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gracile.data import Batch, Data
 from gracile.solvers import LeastSquares, Moments
-from gracile.stats.collect import unfold_input
+from gracile.stats.collect import unfold_input, unfoldable
 
 #: Tokens or positions behind the moments of one layer; neighbouring positions of an image say nearly the same.
 ROWS = 65536
@@ -18,10 +18,7 @@ ROWS = 65536
 
 def refittable(module: nn.Module) -> bool:
     """Whether inputs unfold into rows for one weight matrix: linear layers, ungrouped 1-d and 2-d convolutions."""
-    if isinstance(module, nn.Linear):
-        return True
-    plain = isinstance(module, (nn.Conv1d, nn.Conv2d)) and module.groups == 1
-    return plain and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return unfoldable(module) and getattr(module, "groups", 1) == 1
 
 
 def refit(

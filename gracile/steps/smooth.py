@@ -11,6 +11,7 @@ from gracile.context import Context
 from gracile.equalize import SmoothQuant
 from gracile.formats import Int, Scheme
 from gracile.layer_stats import LayerStats
+from gracile.nn.ops import quantize_dequantize
 from gracile.ranges import MinMax
 from gracile.ranges.base import Range
 from gracile.recipe import Recorder
@@ -81,5 +82,4 @@ def _rounded(weight: Tensor, inputs: Tensor, scheme: Scheme, ranges: Range) -> t
     histogram.update(inputs)
     assert isinstance(scheme.input, Int)
     scale, zero_point = ranges.activation(histogram.freeze(), scheme.input)
-    codes = torch.round(inputs / scale.to(inputs)).add_(zero_point.to(inputs))
-    return weight, codes.clamp_(scheme.input.qmin, scheme.input.qmax).sub_(zero_point.to(inputs)).mul_(scale.to(inputs))
+    return weight, quantize_dequantize(inputs, scale.to(inputs), zero_point, scheme.input.qmin, scheme.input.qmax)

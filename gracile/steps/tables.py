@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from gracile.allocate import Level, MeasuredLoss
 from gracile.context import Context
 from gracile.criteria import Consumer
 from gracile.data import Batch, Data, batch_size, logits_of
+from gracile.errors import DataError
 from gracile.graph import Group, Trace, cut_macs
 from gracile.solvers import LeastSquares, Moments
 from gracile.stats.match import divergence
@@ -48,6 +50,11 @@ def measure_tables(
             with torch.no_grad():
                 for tensor, value in [pair for part in undo for pair in part]:
                     tensor.copy_(value)
+            if not math.isfinite(loss):
+                raise DataError(
+                    f"The outputs are NaN or infinite with {count} of {group.units} units of '{group.name}' removed.\n"
+                    f"  Exclude the layer, or use another allocation."
+                )
             saved = full - cut_macs(traced, {group.name: kept.tolist()})
             tables[group.name].append(Level(count, loss, float(saved)))
         context.progress("loss tables", done + 1, len(groups))
@@ -72,7 +79,8 @@ def _refit(model: nn.Module, consumer: Consumer, kept: Tensor, norms: Mapping[st
         changed.append((layer.bias, layer.bias.double().cpu() + shift))
     elif consumer.layer in norms:
         norm: Any = model.get_submodule(norms[consumer.layer])
-        changed.append((norm.running_mean, norm.running_mean.double().cpu() - shift))
+        if norm.running_mean is not None:  # without, it takes out the mean of the batch by itself
+            changed.append((norm.running_mean, norm.running_mean.double().cpu() - shift))
     undo = [(tensor, tensor.detach().clone()) for tensor, _ in changed]
     for tensor, value in changed:
         tensor.copy_(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -64,11 +65,30 @@ def test_a_level_is_the_loss_of_that_cut_with_its_readers_refitted() -> None:
     assert losses == sorted(losses) and losses[0] > 0
 
 
+def test_outputs_that_are_not_finite_are_named_and_no_table_is_made_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gracile.steps import tables as module
+
+    assert math.isnan(divergence([torch.full((2, 3), float("nan"))], [torch.zeros(2, 3)]))
+    monkeypatch.setattr(module, "divergence", lambda outputs, references: float("nan"))
+    step = gc.Prune(to=gc.MACs(0.6), pattern=gc.Channels(), allocation=MeasuredLoss(levels=4))
+    with pytest.raises(gc.DataError, match="units of '0' removed"):
+        gc.compress(net(), step, data())
+
+
+def test_a_batch_norm_without_statistics_takes_up_the_shift_itself() -> None:
+    model = net()
+    model[4] = nn.BatchNorm2d(6, track_running_stats=False).eval()
+    step = gc.Prune(to=gc.MACs(0.6), pattern=gc.Channels(), allocation=MeasuredLoss(levels=4))
+    assert gc.compress(model, step, data()).model[0].out_channels < 8
+
+
 def test_divergence_is_the_kl_of_classes_and_a_relative_error_of_others() -> None:
     y0, y = torch.randn(7, 4), torch.randn(7, 4)
     kl = nn.functional.kl_div(y.log_softmax(1), y0.log_softmax(1), log_target=True, reduction="batchmean")
     assert divergence(list(y.split(3)), list(y0.split(3))) == pytest.approx(float(kl), rel=1e-6)
     assert divergence([y0], [y0]) == 0
+    nearly = [torch.randn(50, 4, generator=torch.Generator().manual_seed(i)) for i in range(20)]
+    assert all(divergence([y + 1e-7], [y]) >= 0 for y in nearly)  # its root is taken: rounding must not go below 0
     a, b = torch.randn(3, 2, 4), torch.randn(3, 2, 4)
     assert divergence([a], [b]) == pytest.approx(float((a - b).square().sum() / b.square().sum()), rel=1e-6)
 
