@@ -13,12 +13,14 @@ from gracile.solvers.base import Moments
 
 @dataclass(frozen=True)
 class LeastSquares:
-    """V = argmin E‖W x₀ + b₀ − V x − b‖² + λ ‖V − P‖², λ = damping · mean(diag Cov x), with the intercept b free.
+    """V = argmin E‖W x₀ + b₀ + δ − V x − b‖² + λ ‖V − P‖², λ = damping · mean(diag Cov x), with the intercept b free.
 
-    In closed form V = (W Cov(x₀, x) + λ P)(Cov(x) + λ I)⁻¹ and b = b₀ + W E[x₀] − V E[x]: ridge regression towards the
-    weights P that the cut left. x₀ are the inputs in the original and x those in the compressed model, where the layers
-    before are compressed already, so that the errors of those are corrected too (the asymmetric target of Li et al.
-    2025, arXiv:2504.02692, applied to structured pruning as in ZipLM, arXiv:2302.04089).
+    In closed form V = (W Cov(x₀, x) + Cov(δ, x) + λ P)(Cov(x) + λ I)⁻¹ and b = b₀ + W E[x₀] + E[δ] − V E[x]: ridge
+    regression towards the weights P that the cut left. x₀ are the inputs in the original and x those in the compressed
+    model, where the layers before are compressed already, so that the errors of those are corrected too (the asymmetric
+    target of Li et al. 2025, arXiv:2504.02692, applied to structured pruning as in ZipLM, arXiv:2302.04089). Where the
+    output is added to a stream, δ is the error that the stream brings along, original less compressed, so that the sum
+    comes out right; δ = 0 elsewhere.
 
     damping: the ridge as a fraction of the inputs' mean variance.
     """
@@ -41,11 +43,18 @@ class LeastSquares:
         if centre:
             gram = gram - torch.outer(moments.mean, moments.mean)
             cross = cross - torch.outer(moments.mean_original, moments.mean)
+        target = w @ cross
+        if moments.residual is not None and moments.mean_residual is not None:
+            target = target + moments.residual
+            if centre:
+                target = target - torch.outer(moments.mean_residual, moments.mean)
         mean_variance = float(gram.diagonal().mean())
         if mean_variance <= 0:  # inputs that never vary say nothing about the weights
             return p, torch.zeros(len(p), dtype=p.dtype)
         ridge = self.damping * mean_variance
         system = gram + ridge * torch.eye(len(gram), dtype=gram.dtype)
-        v = torch.linalg.solve(system, (w @ cross + ridge * p).T).T
-        shift = w @ moments.mean_original - v @ moments.mean if centre else torch.zeros(len(p), dtype=p.dtype)
-        return v, shift
+        v = torch.linalg.solve(system, (target + ridge * p).T).T
+        if not centre:
+            return v, torch.zeros(len(p), dtype=p.dtype)
+        shift = w @ moments.mean_original - v @ moments.mean
+        return v, shift if moments.mean_residual is None else shift + moments.mean_residual

@@ -27,6 +27,7 @@ from gracile.steps.consumers import collect_consumers, readers
 from gracile.steps.correct import copy_model
 from gracile.steps.repair import repair_units
 from gracile.steps.scores import score_weights
+from gracile.steps.sequence import choose_in_sequence
 from gracile.steps.tables import measure_tables
 from gracile.surgery import Resize, apply
 
@@ -55,6 +56,8 @@ def prune_units(model: nn.Module, step: Prune, context: Context, recorder: Recor
             f"Prune: no unit was removed from {len(groups)} groups; each keeps at least one, none scored low enough.\n"
             f"  Raise the amount; `gracile inspect` shows the groups and their sizes."
         )
+    if step.repair is not None and hasattr(step.criterion, "unit_scores"):
+        keep = choose_in_sequence(model, traced, groups, keep, step.criterion, step.repair, context)
     reference = copy_model(model)
     keep, edit = _cut_checked(model, reference, traced, keep, run, recorder)
     recorder.edits.append(edit)

@@ -15,7 +15,7 @@ from gracile.recipe import Recorder
 from gracile.report.model import LayerRow
 from gracile.solvers import LeastSquares
 from gracile.stats.match import output_error, split_batches
-from gracile.stats.refit import refit, refittable
+from gracile.stats.refit import Refit, refit, refittable
 from gracile.steps.correct import copy_model, correct_statistics
 from gracile.surgery import Resize
 
@@ -89,19 +89,19 @@ def _refit(
     later = order[order.index(lost_inputs[0]) :]
     layers = [n for n in later if refittable(model.get_submodule(n)) and refittable(reference.get_submodule(n))]
     rows = {n: torch.tensor(edit.keep[f"{n}.weight:0"]) for n in layers if f"{n}.weight:0" in edit.keep}
+    repair = Refit(
+        model,
+        reference,
+        split_batches(context.data)[0],
+        context.data,
+        solver,
+        context.generator("refit"),
+        kept=rows,
+        norms=dict(traced.batch_norm_pairs()),
+        summed=frozenset(name for name in layers if traced.feeds_sum(name)),
+    )
     with eval_mode(model, reference):
-        refit(
-            model,
-            reference,
-            layers,
-            split_batches(context.data)[0],
-            context.data,
-            rows,
-            solver,
-            normalised={name for name, _ in traced.batch_norm_pairs()},
-            generator=context.generator("refit"),
-            on_layer=lambda n: context.progress("refit", n, len(layers)),
-        )
+        refit(repair, layers, on_layer=lambda n: context.progress("refit", n, len(layers)))
     return layers
 
 

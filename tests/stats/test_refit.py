@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from gracile.data import Data
 from gracile.solvers import LeastSquares
 from gracile.stats import refit as module
-from gracile.stats.refit import refit, refittable
+from gracile.stats.refit import Refit, refit, refittable
 
 
 def batches(shape: tuple[int, ...], count: int = 6) -> list[Tensor]:
@@ -42,10 +43,9 @@ def cut(net: nn.Sequential, first: int, second: int, keep: list[int]) -> nn.Sequ
     return small
 
 
-def run(model: nn.Module, original: nn.Module, layers: list[str], data: list[Tensor], **settings: object) -> None:
-    options = {"kept": {}, "normalised": set(), "generator": torch.Generator().manual_seed(0)} | settings
-    solver = options.pop("solver", LeastSquares(damping=1e-9))
-    refit(model, original, layers, data, Data(calibration=data), solver=solver, **options)
+def run(model: nn.Module, original: nn.Module, layers: list[str], data: list[Tensor], **settings: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    refit(Refit(model, original, data, Data(calibration=data), LeastSquares(1e-9), generator, **settings), layers)
 
 
 def regression(x: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -140,6 +140,78 @@ def test_the_rest_of_the_forward_is_not_run_and_hooks_are_gone() -> None:
     run(model, original, ["first"], batches((8, 4), 2))
     assert model.reached == original.reached == 0
     assert not model.first._forward_pre_hooks and not original.first._forward_pre_hooks
+
+
+class Block(nn.Module):
+    """x + f(x), with or without a batch norm at the end of f."""
+
+    def __init__(self, norm: bool) -> None:
+        super().__init__()
+        self.stem, self.inner = nn.Linear(5, 6), nn.Linear(6, 12)
+        self.outer = nn.Linear(12, 6, bias=not norm)
+        self.norm: nn.Module = nn.BatchNorm1d(6) if norm else nn.Identity()
+        self.head = nn.Linear(6, 2)
+
+    def stream(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        return x + self.norm(self.outer(F.relu(self.inner(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.stream(x))
+        return out
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "batch norm"])
+def test_in_a_residual_block_the_sum_is_regressed_not_the_branch(norm: bool) -> None:
+    torch.manual_seed(3)
+    original = Block(norm).eval()
+    if norm:
+        with torch.no_grad():
+            original.norm.running_var.uniform_(0.5, 2.0)
+            original.norm.weight.uniform_(-2.0, 2.0)
+            original.norm.running_mean.normal_()
+    model = copy.deepcopy(original)
+    with torch.no_grad():
+        model.stem.weight += 0.2 * torch.randn(6, 5)  # what a cut further up leaves behind
+    data = batches((80, 5))
+    x = torch.cat(data)
+    hidden = F.relu(model.stem(x)).detach()
+    inner = F.relu(model.inner(hidden)).detach()
+    target = (original.stream(x) - hidden).detach().numpy()
+    weight, bias = regression(inner.numpy(), target)
+    norms = {"outer": "norm"} if norm else {}
+    run(model, original, ["outer"], data, norms=norms, summed=frozenset({"outer"}))
+    branch = model.norm(model.outer(inner)).detach().numpy()
+    # float32 against NumPy's float64
+    np.testing.assert_allclose(branch, inner.numpy() @ weight.T + bias, atol=2e-4)
+
+
+def test_without_a_bias_the_batch_norm_takes_up_the_mean() -> None:
+    torch.manual_seed(5)
+    original = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4, bias=False), nn.BatchNorm1d(4)).eval()
+    model = cut(nn.Sequential(*original[:2], nn.Linear(8, 4)), 0, 2, [0, 3, 4, 6, 7])
+    small = nn.Sequential(model[0], nn.ReLU(), nn.Linear(5, 4, bias=False), copy.deepcopy(original[3])).eval()
+    with torch.no_grad():
+        small[2].weight.copy_(original[2].weight[:, [0, 3, 4, 6, 7]])
+    data = batches((60, 6))
+    run(small, original, ["2"], data, norms={"2": "3"})
+    x = torch.cat(data)
+    torch.testing.assert_close(small(x).mean(0), original(x).mean(0), atol=1e-5, rtol=0)  # float32 sums
+
+
+def test_with_columns_the_regression_is_on_these_alone() -> None:
+    original = mlp()
+    model = copy.deepcopy(original)
+    data = batches((50, 6))
+    repair = Refit(model, original, data, Data(calibration=data), LeastSquares(1e-9), torch.Generator())
+    columns = torch.tensor([1, 2, 6, 9])
+    repair.solve("2", repair.measure("2"), columns)
+    hidden = F.relu(original[0](torch.cat(data))).detach()
+    weight, bias = regression(hidden[:, columns].numpy(), original[2](hidden).detach().numpy())
+    np.testing.assert_allclose(model[2].weight.detach()[:, columns].numpy(), weight, atol=2e-4)
+    np.testing.assert_allclose(model[2].bias.detach().numpy(), bias, atol=2e-4)
+    others = [i for i in range(10) if i not in columns.tolist()]
+    assert bool((model[2].weight[:, others] == 0).all())
 
 
 @pytest.mark.parametrize(

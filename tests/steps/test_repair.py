@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import gracile as gc
 from gracile.solvers import LeastSquares
+from gracile.stats.refit import Refit
 
 
 class Net(nn.Module):
@@ -72,9 +73,9 @@ def test_a_refit_that_makes_it_worse_is_taken_back(monkeypatch: pytest.MonkeyPat
 
     plain = compressed(None)
 
-    def spoil(model: nn.Module, *rest: object, **settings: object) -> None:
+    def spoil(repair: Refit, *rest: object, **settings: object) -> None:
         with torch.no_grad():
-            model.b.weight.mul_(-3)
+            repair.model.get_parameter("b.weight").mul_(-3)
 
     monkeypatch.setattr(module, "refit", spoil)
     result = compressed(LeastSquares())
