@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from gracile.context import Context
 from gracile.criteria import Consumer, Magnitude
 from gracile.data import Batch
 from gracile.errors import ConfigError, NothingChangedError
-from gracile.graph import CutCheck, Group, Trace, check_cut, plan_resize, trace
+from gracile.graph import Group, Trace, trace
 from gracile.nn import QuantizedLayer
 from gracile.patterns import reduce_scores, unit_norms
 from gracile.recipe import Recorder
@@ -25,15 +24,13 @@ from gracile.stats.collect import first_batch
 from gracile.steps.budget import meet_budget
 from gracile.steps.consumers import collect_consumers, readers
 from gracile.steps.correct import copy_model
+from gracile.steps.cut import Keep, cut_checked
 from gracile.steps.repair import repair_units
 from gracile.steps.scores import score_weights
 from gracile.steps.tables import measure_tables
-from gracile.surgery import Resize, apply
 
 if TYPE_CHECKING:
     from gracile.steps.prune import Prune
-
-Keep = dict[str, list[int]]
 
 
 def prune_units(model: nn.Module, step: Prune, context: Context, recorder: Recorder) -> None:
@@ -56,7 +53,7 @@ def prune_units(model: nn.Module, step: Prune, context: Context, recorder: Recor
             f"  Raise the amount; `gracile inspect` shows the groups and their sizes."
         )
     reference = copy_model(model)
-    keep, edit = _cut_checked(model, reference, traced, keep, run, recorder)
+    keep, edit = cut_checked(model, traced, keep, run, recorder)
     recorder.edits.append(edit)
     for group in groups:
         kept = len(keep.get(group.name, range(group.units)))
@@ -194,50 +191,6 @@ def keep_highest(groups: list[Group], scores: Mapping[str, Tensor], removed: Map
             order = torch.argsort(scores[group.name], descending=True, stable=True)
             keep[group.name] = sorted(order[: counts[group.name]].tolist())
     return keep
-
-
-def _cut_checked(
-    model: nn.Module, reference: nn.Module, traced: Trace, keep: Keep, run: Any, recorder: Recorder
-) -> tuple[Keep, Resize]:
-    """Cut, run, and compare with the zeroed original; groups that do not pass alone are left whole."""
-    check = _try_cut(reference, traced, keep, run)
-    if not _passes(check, traced, keep):
-        passed = {}
-        for name, kept in keep.items():
-            alone = _try_cut(reference, traced, {name: kept}, run)
-            if _passes(alone, traced, {name: kept}):
-                passed[name] = kept
-            else:
-                recorder.skip(name, traced.group(name).kind, alone.reason or "the cut cannot be verified")
-        keep = passed
-        check = _try_cut(reference, traced, keep, run) if keep else check
-        if not keep or not _passes(check, traced, keep):
-            raise NothingChangedError(
-                f"Prune: these groups cannot be cut so that the model still works: {check.reason}.\n"
-                f"  `gracile inspect` shows the groups; exclude some, or use another pattern."
-            )
-    edit = plan_resize(traced, keep)
-    apply(model, [edit])
-    if check.max_error is not None:
-        recorder.numbers["cut_error"] = check.max_error
-    recorder.notes.append(
-        "The cut model equals the original with the same units zeroed (float64)."
-        if check.exact
-        else f"The cut model is not the zeroed original exactly, as expected: {check.reason}."
-    )
-    return keep, edit
-
-
-def _try_cut(reference: nn.Module, traced: Trace, keep: Keep, run: Any) -> CutCheck:
-    trial = copy.deepcopy(reference)
-    apply(trial, [plan_resize(traced, keep)])
-    return check_cut(reference, trial, traced, keep, run)
-
-
-def _passes(check: CutCheck, traced: Trace, keep: Keep) -> bool:
-    """Whether the cut model runs, and equals the zeroed original unless the algebra says that it need not."""
-    expected_exact = all(traced.group(name).exact is None for name in keep)
-    return check.ran and check.max_error is not None and (check.exact or not expected_exact)
 
 
 def _layers(group: Group, role: str) -> list[str]:
