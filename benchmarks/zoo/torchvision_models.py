@@ -69,6 +69,8 @@ def segmenter(name: str) -> tuple[nn.Module, Batch]:
 def detector(name: str) -> tuple[nn.Module, Batch]:
     """Detectors take lists of images; one list is their one argument."""
     arguments: dict[str, Any] = {} if name.startswith("ssd") else {"min_size": 64, "max_size": 64}
+    if "rcnn" in name:  # an untrained net proposes regions everywhere
+        arguments |= {"rpn_pre_nms_top_n_test": 32, "rpn_post_nms_top_n_test": 16, "box_detections_per_img": 4}
     made = _made("torchvision.models.detection", name, weights=None, weights_backbone=None, num_classes=5, **arguments)
     return _finished(made, {"images": list(image(96))})
 

@@ -10,7 +10,7 @@ import inspect
 import re
 from typing import Any
 
-HIDDEN, HEADS, KEY_HEADS, LAYERS, INNER = 64, 4, 2, 2, 96
+HIDDEN, HEADS, KEY_HEADS, LAYERS, INNER = 64, 4, 2, 2, 256
 #: Name of an integer field -> its value; the first pattern that matches the whole name counts.
 SIZES: tuple[tuple[str, int], ...] = (
     (r".*(q|kv)_lora_rank", 24),
@@ -35,7 +35,8 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r".*(num|n|local|routed)_.*experts|moe_num_experts|num_experts|n_routed_experts|encoder_expert.*", 4),
     (r".*(num_hidden_layers|num_layers|_layers|n_layers?|layer_num|num_blocks|depth)", LAYERS),
     (r"num_(encoder|decoder)_blocks", LAYERS),
-    (r".*intermediate_size.*|.*ffn_dim|d_ff|d_inner|n_inner|.*ffn_hidden_size|.*ffn_size|ffn_intermediate.*|mlp_dim", INNER),
+    (r".*intermediate_size.*|.*ffn_dim|d_ff|dim_ff|dff|d_inner|n_inner|.*ffn_hidden_size|.*ffn_size|ffn_intermediate.*|mlp_dim", INNER),
+    (r"num_hash_buckets", 128),
     (r".*(hidden_size|hidden_dim|d_model|n_embd|embed_dim|emb_dim|embedding_size|n_embed|embedding_dim)", HIDDEN),
     (r"dim|dim_model|model_dim|width|d_embed|proj_size|.*projection_(dim|size)|projector_dim|out_hidden_size", HIDDEN),
     (r"fpn_.*_size|mask_feature_size|feature_size|hidden_channels|.*_channels_dim|conv_dim|decoder_dim", HIDDEN),
@@ -55,12 +56,49 @@ SIZES: tuple[tuple[str, int], ...] = (
 )
 #: Lists by name: their first values, as many as the default has.
 LISTS: tuple[tuple[str, tuple[int, ...]], ...] = (
+    (r"conv_dim|tdnn_dim", (64,) * 8),
     (r"depths|num_blocks|layer_depths|.*_depths?|num_conv_layers|layers", (1, 1, 1, 1, 1, 1, 1, 1)),
     (r".*num_heads|.*num_attention_heads|heads", (1, 2, 4, 4, 4)),
     (r"hidden_sizes|embed_dims?|.*hidden_sizes|neck_hidden_sizes|encoder_hidden_sizes|dims?", (32, 48, 64, 96, 96, 96)),
 )
+#: Kinds of layers where a model mixes them: two, of which one attends.
+HYBRID = ["linear_attention", "full_attention"]
 #: What belongs to a class of configuration and not to a name.
-OVERRIDES: dict[str, dict[str, Any]] = {}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    **{
+        name: {"layer_types": HYBRID}
+        for name in (
+            "bailing_hybrid", "glm5_next_text", "kimi_linear", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid",
+        )
+    },
+    "bamba": {"attn_layer_indices": [1]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
+    **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), {"prediction_length": 8, "context_length": 16}),
+    **dict.fromkeys(("swin", "swinv2", "donut-swin", "maskformer-swin"), {"window_size": 4, "image_size": 32, "patch_size": 2}),
+    "codegen": {"rotary_dim": 8},
+    "gptj": {"rotary_dim": 8},
+    "reformer": {"axial_pos_embds_dim": (24, 40), "axial_pos_shape": (4, 16), "attn_layers": ["local", "lsh"]},
+    "bit": {"num_groups": 8},
+    "dac": {"encoder_hidden_size": 16, "decoder_hidden_size": 256, "downsampling_ratios": [2, 2, 4, 4], "upsampling_ratios": [4, 4, 2, 2]},
+    "efficientnet": {"width_coefficient": 0.5, "depth_coefficient": 0.5},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 16},
+    "funnel": {"block_sizes": [1, 1]},
+    "perceiver": {"d_model": 64, "d_latents": 64, "num_latents": 16, "num_self_attends_per_block": 2},
+    "speecht5": {"vocab_size": 120},
+    "swin2sr": {"embed_dim": 48, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4},
+    "moonshine": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
+    "seamless_m4t": {"feature_projection_input_dim": 16},
+    "seamless_m4t_v2": {"feature_projection_input_dim": 16},
+    "wav2vec2-bert": {"feature_projection_input_dim": 16},
+    "pvt": {"hidden_sizes": [32, 48, 64, 96], "sequence_reduction_ratios": [8, 4, 2, 1], "image_size": 64},
+    "lilt": {"channel_shrink_ratio": 4},
+    "textnet": {"stem_out_channels": 32},
+}
 
 
 def tiny(config_class: type, **given: Any) -> Any:
@@ -68,15 +106,21 @@ def tiny(config_class: type, **given: Any) -> Any:
     fields = _fields(config_class)
     subs = getattr(config_class, "sub_configs", {}) or {}
     values: dict[str, Any] = {}
+    shared = _value_heads(fields)
     for name, default in fields.items():
         if name in subs or name.endswith("_config"):
             continue
-        chosen = _value(name, default)
+        chosen = shared.get(name) or _value(name, default)
         if chosen is not None:
             values[name] = chosen
+    usual = _construct(config_class, {}) if subs else None
     for name, sub in subs.items():
-        if name in fields and hasattr(sub, "sub_configs") and sub.__name__ not in ("AutoConfig", "PreTrainedConfig"):
-            values[name] = tiny(sub).to_dict()
+        held = getattr(usual, name, None)  # a default says which class is meant where any would do
+        kind = sub if sub.__name__ not in ("AutoConfig", "PreTrainedConfig") else type(held) if held is not None else None
+        if getattr(kind, "model_type", "") == "timm_backbone":
+            continue  # its size is in its name
+        if name in fields and hasattr(kind, "sub_configs") and not isinstance(held, dict):
+            values[name] = tiny(kind, **_stages(held))
     values |= {k: v for k, v in _specials(fields).items()}
     values |= OVERRIDES.get(getattr(config_class, "model_type", ""), {}) | given
     return _construct(config_class, values)
@@ -95,6 +139,18 @@ def _construct(config_class: type, values: dict[str, Any]) -> Any:
                 raise
             values = {k: v for k, v in values.items() if k != guilty}
     return config_class(**values)
+
+
+def _value_heads(fields: dict[str, Any]) -> dict[str, int]:
+    """As many key heads as query heads where the default has so."""
+    heads = fields.get("num_attention_heads")
+    return {"num_key_value_heads": HEADS} if heads and fields.get("num_key_value_heads") == heads else {}
+
+
+def _stages(held: Any) -> dict[str, Any]:
+    """Which stages a backbone gives, as its default does."""
+    features = getattr(held, "out_features", None)
+    return {"out_features": features} if features and hasattr(held, "stage_names") else {}
 
 
 def _fields(config_class: type) -> dict[str, Any]:

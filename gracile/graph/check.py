@@ -42,6 +42,11 @@ def check_cut(
 ) -> CutCheck:
     """Compare the cut model with the original whose units are zeroed in every consumer; neither model is changed."""
     groups = checked_groups(trace, keep)
+    try:
+        with unchanged(cut), torch.no_grad():
+            run(cut)  # as it will run: a kernel may refuse sizes that float64 takes
+    except Exception as error:  # whatever the model's own code raises is the finding
+        return CutCheck(False, None, False, f"the cut model does not run: {first_line(error)}")
     with unchanged(original), computing_in_float64(original, _zeroing(trace, keep)):
         expected = [_as_double(t) for t in tensors_in(run(original))]
     try:

@@ -91,7 +91,25 @@ class _Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         args, kwargs = _map((args, kwargs or {}), self.held.widen)
-        return func(*args, **kwargs)
+        return NARROW.get(func._schema.name, func)(*args, **kwargs)
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, **_: Any) -> Tensor:
+    """Matrix products of groups: rows of `a` up to each offset with one matrix of `b`, or matrix by matrix."""
+    if a.ndim == b.ndim == 3:
+        out = a @ b
+    elif a.ndim == 2 and b.ndim == 3 and offs is not None:
+        out = a.new_zeros(a.shape[0], b.shape[-1])
+        ends = [0, *offs.tolist()]
+        for group, (start, stop) in enumerate(zip(ends, ends[1:])):
+            out[start:stop] = a[start:stop] @ b[group]
+    else:
+        raise NotImplementedError("grouped products of this form")
+    return out if bias is None else out + bias
+
+
+#: Operators without a kernel for float64, written with others.
+NARROW: dict[str, Callable[..., Any]] = {"aten::_grouped_mm": _grouped_mm}
 
 
 class _Functions(TorchFunctionMode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -174,23 +175,28 @@ def choose_units(
 def keep_highest(groups: list[Group], scores: Mapping[str, Tensor], removed: Mapping[str, int], step: Prune) -> Keep:
     """The highest-scored units of each group, as many as `removed` leaves; equal counts for groups that must agree."""
     multiple = getattr(step.pattern, "multiple_of", 1)
-    counts = {}
+    counts: dict[str, int] = {}
+    tied: dict[str, list[Group]] = {}
     for group in groups:
-        counts[group.name] = group.units - removed.get(group.name, 0)
-    for key in {g.tied_count for g in groups} - {None}:
-        tied = [g.name for g in groups if g.tied_count == key]
-        counts.update(dict.fromkeys(tied, round(sum(counts[name] for name in tied) / len(tied))))
-    for group in groups:
-        if multiple > 1 and counts[group.name] < group.units:
-            rounded = max(multiple, round(counts[group.name] / multiple) * multiple)
-            counts[group.name] = min(group.units, rounded)
-        counts[group.name] = max(1, counts[group.name])
+        tied.setdefault(group.tied_count or f"\0{group.name}", []).append(group)
+    for members in tied.values():
+        kept = sum(g.units - removed.get(g.name, 0) for g in members) / len(members)
+        units = members[0].units
+        counts.update(dict.fromkeys((g.name for g in members), _rounded(kept, units, multiple, members)))
     keep: Keep = {}
     for group in groups:
         if counts[group.name] < group.units:
             order = torch.argsort(scores[group.name], descending=True, stable=True)
             keep[group.name] = sorted(order[: counts[group.name]].tolist())
     return keep
+
+
+def _rounded(kept: float, units: int, multiple: int, members: list[Group]) -> int:
+    """The count nearest to `kept` that the pattern and every member can have."""
+    step = math.lcm(multiple, *(g.multiple_of for g in members))
+    if round(kept) >= units:
+        return units
+    return min(units, max(step, round(kept / step) * step))
 
 
 def _layers(group: Group, role: str) -> list[str]:
