@@ -136,7 +136,11 @@ class PooledClassifier(nn.Module):
     def __init__(self, hidden: int = 40) -> None:
         super().__init__()
         self.rnn = nn.GRU(16, hidden, bidirectional=True, batch_first=True)
-        self.attend, self.vector, self.fc = nn.Linear(2 * hidden, 32), nn.Parameter(torch.randn(32)), nn.Linear(2 * hidden, 5)
+        self.attend, self.vector, self.fc = (
+            nn.Linear(2 * hidden, 32),
+            nn.Parameter(torch.randn(32)),
+            nn.Linear(2 * hidden, 5),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y, _ = self.rnn(x)

@@ -31,7 +31,10 @@ class Separator(nn.Module):
             )
             for i in range(3)
         )  # fmt: skip
-        self.masks, self.decoder = nn.Conv1d(width, filters * speakers, 1), nn.ConvTranspose1d(filters, 1, 16, 8, bias=False)
+        self.masks, self.decoder = (
+            nn.Conv1d(width, filters * speakers, 1),
+            nn.ConvTranspose1d(filters, 1, 16, 8, bias=False),
+        )
 
     def forward(self, wave: Tensor) -> Tensor:
         features = self.encoder(wave)
@@ -41,7 +44,9 @@ class Separator(nn.Module):
             x, total = x + residual, total + skip
         masks = torch.sigmoid(self.masks(total)).view(wave.shape[0], self.speakers, self.filters, -1)
         separated = masks * features.unsqueeze(1)
-        return self.decoder(separated.view(wave.shape[0] * self.speakers, self.filters, -1)).view(wave.shape[0], self.speakers, -1)
+        return self.decoder(separated.view(wave.shape[0] * self.speakers, self.filters, -1)).view(
+            wave.shape[0], self.speakers, -1
+        )
 
 
 class Conformer(nn.Module):
@@ -52,7 +57,11 @@ class Conformer(nn.Module):
             super().__init__()
             self.first = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 3 * dim), nn.SiLU(), nn.Linear(3 * dim, dim))
             self.norm, self.attention = nn.LayerNorm(dim), nn.MultiheadAttention(dim, 4, batch_first=True)
-            self.before, self.into, self.depth = nn.LayerNorm(dim), nn.Conv1d(dim, 2 * dim, 1), nn.Conv1d(dim, dim, 7, padding=3, groups=dim)
+            self.before, self.into, self.depth = (
+                nn.LayerNorm(dim),
+                nn.Conv1d(dim, 2 * dim, 1),
+                nn.Conv1d(dim, dim, 7, padding=3, groups=dim),
+            )
             self.batch_norm, self.out = nn.BatchNorm1d(dim), nn.Conv1d(dim, dim, 1)
             self.last = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 3 * dim), nn.SiLU(), nn.Linear(3 * dim, dim))
             self.final = nn.LayerNorm(dim)
@@ -131,7 +140,11 @@ class KeywordNet(nn.Module):
 
     def __init__(self, width: int = 48) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(1, width, (10, 4), 2, (4, 1), bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        layers: list[nn.Module] = [
+            nn.Conv2d(1, width, (10, 4), 2, (4, 1), bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+        ]
         for _ in range(3):
             layers += [nn.Conv2d(width, width, 3, 1, 1, groups=width, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
             layers += [nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
@@ -233,7 +246,10 @@ class Denoiser(nn.Module):
             self.downs.append(nn.Sequential(nn.Conv1d(a, b, 8, 4, 2), nn.ReLU(), nn.Conv1d(b, 2 * b, 1), nn.GLU(1)))
             up = [nn.Conv1d(b, 2 * b, 1), nn.GLU(1), nn.ConvTranspose1d(b, a, 8, 4, 2)]
             self.ups.insert(0, nn.Sequential(*up, *([nn.ReLU()] if a > 1 else [])))
-        self.rnn, self.mix = nn.LSTM(2 * width, 2 * width, 1, bidirectional=True, batch_first=True), nn.Linear(4 * width, 2 * width)
+        self.rnn, self.mix = (
+            nn.LSTM(2 * width, 2 * width, 1, bidirectional=True, batch_first=True),
+            nn.Linear(4 * width, 2 * width),
+        )
 
     def forward(self, wave: Tensor) -> Tensor:
         x, skips = wave, []
@@ -269,7 +285,10 @@ class MelTagger(nn.Module):
         layers: list[nn.Module] = []
         for a, b in ((1, 24), (24, 32), (32, 48)):
             layers += [nn.Conv2d(a, b, 3, 1, 1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)]
-        self.body, self.head = nn.Sequential(*layers), nn.Sequential(nn.Linear(48 * 5 * 8, 64), nn.ReLU(), nn.Linear(64, 20))
+        self.body, self.head = (
+            nn.Sequential(*layers),
+            nn.Sequential(nn.Linear(48 * 5 * 8, 64), nn.ReLU(), nn.Linear(64, 20)),
+        )
 
     def forward(self, mel: Tensor) -> Tensor:
         return self.head(self.body(mel.unsqueeze(1)).flatten(1))

@@ -35,7 +35,10 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r".*(num|n|local|routed)_.*experts|moe_num_experts|num_experts|n_routed_experts|encoder_expert.*", 4),
     (r".*(num_hidden_layers|num_layers|_layers|n_layers?|layer_num|num_blocks|depth)", LAYERS),
     (r"num_(encoder|decoder)_blocks", LAYERS),
-    (r".*intermediate_size.*|.*ffn_dim|d_ff|dim_ff|dff|d_inner|n_inner|.*ffn_hidden_size|.*ffn_size|ffn_intermediate.*|mlp_dim", INNER),
+    (
+        r".*intermediate_size.*|.*ffn_dim|d_ff|dim_ff|dff|d_inner|n_inner|.*ffn_hidden_size|.*ffn_size|ffn_intermediate.*|mlp_dim",
+        INNER,
+    ),
     (r"num_hash_buckets", 128),
     (r".*(hidden_size|hidden_dim|d_model|n_embd|embed_dim|emb_dim|embedding_size|n_embed|embedding_dim)", HIDDEN),
     (r"dim|dim_model|model_dim|width|d_embed|proj_size|.*projection_(dim|size)|projector_dim|out_hidden_size", HIDDEN),
@@ -68,7 +71,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     **{
         name: {"layer_types": HYBRID}
         for name in (
-            "bailing_hybrid", "glm5_next_text", "kimi_linear", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid",
+            "bailing_hybrid",
+            "glm5_next_text",
+            "kimi_linear",
+            "qwen3_5_text",
+            "qwen3_5_moe_text",
+            "qwen3_next",
+            "olmo_hybrid",
         )
     },
     "bamba": {"attn_layer_indices": [1]},
@@ -78,13 +87,35 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "lfm3": {"layer_types": ["conv", "full_attention"]},
-    **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), {"prediction_length": 8, "context_length": 16}),
-    **dict.fromkeys(("swin", "swinv2", "donut-swin", "maskformer-swin"), {"window_size": 4, "image_size": 32, "patch_size": 2}),
+    **dict.fromkeys(
+        ("autoformer", "informer", "time_series_transformer"), {"prediction_length": 8, "context_length": 16}
+    ),
+    **dict.fromkeys(
+        ("swin", "swinv2", "donut-swin", "maskformer-swin"), {"window_size": 4, "image_size": 32, "patch_size": 2}
+    ),
     "codegen": {"rotary_dim": 8},
+    "distilbert": {"hidden_dim": 256},
+    "squeezebert": {"type_vocab_size": 2, "intermediate_size": 256},
+    "luke": {"entity_emb_size": 32, "entity_vocab_size": 20, "type_vocab_size": 2},
+    "tapas": {"type_vocab_sizes": [3, 16, 16, 2, 2, 10, 10], "intermediate_size": 384},
+    "radio": {"max_img_size": 64},
+    **{name: {"image_size": [32, 32], "patch_size": [8, 8]} for name in ("internvl_vision", "qianfan_ocr_vision")},
+    "vivit": {"tubelet_size": [2, 8, 8]},
+    **{name: {"output_channels": 32} for name in ("sam_vision_model", "sam_hq_vision_model")},
+    **{name: {"sr_ratios": [2, 2, 1, 1], "hidden_sizes": [32, 48, 64, 96]} for name in ("glpn", "segformer", "pvt_v2")},
+    "swiftformer": {"down_patch_size": 3, "down_stride": 2, "down_pad": 1},
+    "phi4_multimodal_audio": {"ext_pw_out_channel": 64, "depthwise_separable_out_channel": 64, "nemo_conv_channels": 64},
+    "higgs_audio_v2": {"codebook_size": 24},
+    "cosmos3_edge_text": {"head_dim": 16, "rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 1e4}},
     "gptj": {"rotary_dim": 8},
     "reformer": {"axial_pos_embds_dim": (24, 40), "axial_pos_shape": (4, 16), "attn_layers": ["local", "lsh"]},
     "bit": {"num_groups": 8},
-    "dac": {"encoder_hidden_size": 16, "decoder_hidden_size": 256, "downsampling_ratios": [2, 2, 4, 4], "upsampling_ratios": [4, 4, 2, 2]},
+    "dac": {
+        "encoder_hidden_size": 16,
+        "decoder_hidden_size": 256,
+        "downsampling_ratios": [2, 2, 4, 4],
+        "upsampling_ratios": [4, 4, 2, 2],
+    },
     "efficientnet": {"width_coefficient": 0.5, "depth_coefficient": 0.5},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1, "chunk_size": 16},
     "funnel": {"block_sizes": [1, 1]},
@@ -116,7 +147,9 @@ def tiny(config_class: type, **given: Any) -> Any:
     usual = _construct(config_class, {}) if subs else None
     for name, sub in subs.items():
         held = getattr(usual, name, None)  # a default says which class is meant where any would do
-        kind = sub if sub.__name__ not in ("AutoConfig", "PreTrainedConfig") else type(held) if held is not None else None
+        kind = (
+            sub if sub.__name__ not in ("AutoConfig", "PreTrainedConfig") else type(held) if held is not None else None
+        )
         if getattr(kind, "model_type", "") == "timm_backbone":
             continue  # its size is in its name
         if name in fields and hasattr(kind, "sub_configs") and not isinstance(held, dict):
@@ -134,7 +167,9 @@ def _construct(config_class: type, values: dict[str, Any]) -> Any:
         except Exception as error:  # a library's own validation
             guilty = next((n for n in sorted(values, key=len, reverse=True) if f"'{n}'" in str(error)), None)
             if guilty is None:
-                guilty = next((n for n in sorted(values, key=len, reverse=True) if re.search(rf"\b{n}\b", str(error))), None)
+                guilty = next(
+                    (n for n in sorted(values, key=len, reverse=True) if re.search(rf"\b{n}\b", str(error))), None
+                )
             if guilty is None:
                 raise
             values = {k: v for k, v in values.items() if k != guilty}

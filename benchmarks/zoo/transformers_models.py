@@ -126,14 +126,21 @@ def _pixels(config: Any) -> list[Tensor]:
 
 
 def _spectra(config: Any) -> list[Tensor]:
-    bins = _find(config, "num_mel_bins", "num_mel_channels", "n_mels", "feature_size", "input_feat_per_channel", default=80)
+    bins = _find(
+        config, "num_mel_bins", "num_mel_channels", "n_mels", "feature_size", "input_feat_per_channel", default=80
+    )
     bins = bins if isinstance(bins, int) else 80
     shapes = [(2, bins, 128), (2, 64, bins), (2, bins, 64), (2, 128, bins), (2, bins, 3000), (2, 1, 1001, bins)]
     return [torch.randn(shape, generator=_generator()) for shape in shapes]
 
 
 def _sound(config: Any) -> list[Tensor]:
-    shapes = [(2, 3200), (2, 1, 3200), (2, 64, _find(config, "num_mel_bins", "num_mel_channels", default=80)), (2, 16000)]
+    shapes = [
+        (2, 3200),
+        (2, 1, 3200),
+        (2, 64, _find(config, "num_mel_bins", "num_mel_channels", default=80)),
+        (2, 16000),
+    ]
     return [torch.randn(shape, generator=_generator()) for shape in shapes]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,10 +48,10 @@ def check_cut(
             run(cut)  # as it will run: a kernel may refuse sizes that float64 takes
     except Exception as error:  # whatever the model's own code raises is the finding
         return CutCheck(False, None, False, f"the cut model does not run: {first_line(error)}")
-    with unchanged(original), computing_in_float64(original, _zeroing(trace, keep)):
+    with unchanged(original), _same_chance(), computing_in_float64(original, _zeroing(trace, keep)):
         expected = [_as_double(t) for t in tensors_in(run(original))]
     try:
-        with unchanged(cut), computing_in_float64(cut):
+        with unchanged(cut), _same_chance(), computing_in_float64(cut):
             found = [_as_double(t) for t in tensors_in(run(cut))]
     except Exception as error:  # whatever the model's own code raises is the finding
         return CutCheck(False, None, False, f"the cut model does not run: {first_line(error)}")
@@ -63,6 +64,14 @@ def check_cut(
     reasons = dict.fromkeys(group.exact for group in groups.values() if group.exact is not None)
     finite = all(bool((b.isfinite() | ~a.isfinite()).all()) for a, b in zip(expected, found))
     return CutCheck(True, relative, False, "; ".join(reasons) or "the cut model computes something else", finite)
+
+
+@contextmanager
+def _same_chance() -> Iterator[None]:
+    """A forward that draws random numbers draws the same ones in every run; the caller's state is kept."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 def _difference(expected: Tensor, found: Tensor) -> float:

@@ -6,6 +6,7 @@ that a difference of two runs is a difference of what is computed and not of rou
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 WIDER = {
     torch.float16: torch.float64,
@@ -62,17 +63,16 @@ class _Held:
 
     def convert(self, tensor: Tensor) -> Tensor:
         """The tensor in float64, changed if it is one of the model's that is to be; others as they are, but wider."""
-        entry = self._tensors.get(id(tensor))
-        if entry is None:
-            return tensor.to(WIDER[tensor.dtype]) if tensor.dtype in WIDER else tensor
         if id(tensor) in self._converted:
             return self._converted[id(tensor)]
-        wide = tensor.detach().to(WIDER.get(tensor.dtype, tensor.dtype))
-        if entry[1] is not None:
-            wide = wide.clone() if wide.dtype == tensor.dtype else wide
-            entry[1](wide)
+        if tensor.dtype not in WIDER and id(tensor) not in self._tensors:
+            return tensor
+        with _disable_current_modes():
+            own, change = self._tensors.get(id(tensor), (None, None))
+            wide = tensor.detach().to(WIDER.get(tensor.dtype, tensor.dtype), copy=own is not None)
+            if change is not None:
+                change(wide)
         if id(tensor) in self._buffers:
-            wide = wide.clone() if wide.dtype == tensor.dtype else wide
             self._converted[id(tensor)] = wide
         return wide
 
@@ -101,7 +101,7 @@ def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor |
     elif a.ndim == 2 and b.ndim == 3 and offs is not None:
         out = a.new_zeros(a.shape[0], b.shape[-1])
         ends = [0, *offs.tolist()]
-        for group, (start, stop) in enumerate(zip(ends, ends[1:])):
+        for group, (start, stop) in enumerate(itertools.pairwise(ends)):
             out[start:stop] = a[start:stop] @ b[group]
     else:
         raise NotImplementedError("grouped products of this form")

@@ -57,8 +57,8 @@ def checked_groups(trace: Trace, keep: Keep) -> dict[str, Group]:
             )
         if len(units) % group.multiple_of and len(units) < group.units:
             raise ConfigError(
-                f"Group '{name}': the number of units kept must be a multiple of {group.multiple_of}, got {len(units)}: "
-                f"a kernel that reads them wants aligned rows."
+                f"Group '{name}': the number of units kept must be a multiple of {group.multiple_of}, not {len(units)}; "
+                f"a kernel reads them in aligned rows."
             )
         if group.tied_count is not None:
             other, count = tied.setdefault(group.tied_count, (name, len(units)))

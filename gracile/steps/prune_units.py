@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
     from gracile.steps.prune import Prune
 
 
+#: Batches on which a cut is proven: a forward may branch on its data, so that one shows too little.
+CHECKED_BATCHES = 3
+
+
 def prune_units(model: nn.Module, step: Prune, context: Context, recorder: Recorder) -> None:
     """Cut the lowest-scored units of the selected groups, check the result, and correct statistics."""
     batch = first_batch(context.data)
@@ -54,7 +59,10 @@ def prune_units(model: nn.Module, step: Prune, context: Context, recorder: Recor
             f"  Raise the amount; `gracile inspect` shows the groups and their sizes."
         )
     reference = copy_model(model)
-    keep, edit = cut_checked(model, traced, keep, run, recorder)
+    checked = list(itertools.islice(context.data.calibration_batches, CHECKED_BATCHES))
+    keep, edit = cut_checked(
+        model, traced, keep, lambda net: [context.data.forward(net, each) for each in checked], recorder
+    )
     recorder.edits.append(edit)
     for group in groups:
         kept = len(keep.get(group.name, range(group.units)))
@@ -104,9 +112,15 @@ def select_groups(model: nn.Module, traced: Trace, step: Prune, context: Context
         reasons = [f"{row.name}: {row.reason}" for row in recorder.layers[:5]]
         raise ConfigError(
             f"Prune: nothing that {type(step.pattern).__name__}() can cut.\n  "
-            + ("\n  ".join(reasons) or _why_none(model))
+            + ("\n  ".join([*reasons, *_other_kinds(traced, step)]) or _why_none(model))
         )
     return chosen
+
+
+def _other_kinds(traced: Trace, step: Prune) -> list[str]:
+    """Units that could be cut, but are no units of this pattern."""
+    others = [g for g in traced.groups if g.frozen is None and g.kind not in step.pattern.kinds]
+    return [f"{g.name}: its units are {g.kind.replace('_', ' ')}, not {'/'.join(step.pattern.kinds)}" for g in others[:3]]
 
 
 def _why_none(model: nn.Module) -> str:
