@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "gracile"
-NAMES = (
-    "bert albert roberta electra deberta gpt gpt2 llama mistral mixtral qwen gemma opt bloom falcon phi t5 bart whisper "
-    "wav2vec hubert conformer siglip vit deit beit swin convnext resnet resnext densenet efficientnet mobilenet "
-    "shufflenet squeezenet vgg alexnet inception regnet mamba rwkv hyena unet yolo detr segformer sam dino maxvit coatnet"
-).split()
+NAMES = [
+    "bert", "albert", "roberta", "electra", "deberta", "gpt", "gpt2", "llama", "mistral", "mixtral", "qwen",
+    "gemma", "opt", "bloom", "falcon", "phi", "t5", "bart", "whisper", "wav2vec", "hubert", "conformer", "siglip",
+    "vit", "deit", "beit", "swin", "convnext", "resnet", "resnext", "densenet", "efficientnet", "mobilenet",
+    "shufflenet", "squeezenet", "vgg", "alexnet", "inception", "regnet", "mamba", "rwkv", "hyena", "unet", "yolo",
+    "detr", "segformer", "sam", "dino", "maxvit", "coatnet",
+]  # fmt: skip
 #: A name as a word or as a part of an identifier: "is_bert", "BertLayer", "llama3".
 NAMED = re.compile(rf"(?<![a-z])({'|'.join(NAMES)})(?![a-z])", re.IGNORECASE)
 #: The demo ships one net, and says which.

@@ -19,19 +19,13 @@ from gracile.graph.recorder import tensors_in
 FRACTION = 0.25
 
 
-def examine(entry: Entry, peer: bool = True) -> dict[str, Any]:
-    """One row of results. outcome: "pruned", "refused" (a clear error of ours), "crashed" or "not built"."""
-    row: dict[str, Any] = {"collection": entry.collection, "model": entry.name}
-    warnings.filterwarnings("ignore")
+def examine(entry: Entry) -> dict[str, Any]:
+    """Our outcome: "pruned", "refused" (a clear error of ours), "crashed" or "not built"."""
     try:
-        model, batch = entry.build()
+        model, batch = _built(entry)
     except CannotBuild as error:
-        return row | {"outcome": "not built", "reason": str(error)}
-    except Exception as error:  # a library that cannot build one of its own models
-        return row | {"outcome": "not built", "reason": f"{type(error).__name__}: {first_line(error)}"}
-    row["parameters"] = count(model)
-    if row["parameters"] == 0:
-        return row | {"outcome": "not built", "reason": "it has no parameters"}
+        return {"outcome": "not built", "reason": str(error)}
+    row: dict[str, Any] = {"parameters": count(model)}
     start = time.perf_counter()
     try:
         row |= prune(model, batch)
@@ -39,10 +33,25 @@ def examine(entry: Entry, peer: bool = True) -> dict[str, Any]:
         row |= {"outcome": "refused", "reason": str(error).split("\n  ")[0], "message": str(error)[:1500]}
     except Exception as error:  # anything else is our defect
         row |= {"outcome": "crashed", "reason": f"{type(error).__name__}: {first_line(error)}"}
-    row["seconds"] = round(time.perf_counter() - start, 2)
-    if peer:
-        row["torch_pruning"] = torch_pruning(model, batch)
-    return row
+    return row | {"seconds": round(time.perf_counter() - start, 2)}
+
+
+def examine_peer(entry: Entry) -> dict[str, Any]:
+    """Torch-Pruning's outcome on the same model: "pruned", "outputs changed shape" or "failed"."""
+    return torch_pruning(*_built(entry))
+
+
+def _built(entry: Entry) -> tuple[nn.Module, Batch]:
+    warnings.filterwarnings("ignore")
+    try:
+        model, batch = entry.build()
+    except CannotBuild:
+        raise
+    except Exception as error:  # a library that cannot build one of its own models
+        raise CannotBuild(f"{type(error).__name__}: {first_line(error)}") from error
+    if count(model) == 0:
+        raise CannotBuild("it has no parameters")
+    return model, batch
 
 
 def prune(model: nn.Module, batch: Batch) -> dict[str, Any]:

@@ -7,6 +7,7 @@ collection.
 from __future__ import annotations
 
 import functools
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +114,7 @@ class Wav2Letter(nn.Sequential):
     def __init__(self, bins: int = 40, classes: int = 30) -> None:
         widths = [64, 64, 64, 96]
         layers: list[nn.Module] = [nn.Conv1d(bins, 64, 11, 2, 5), nn.ReLU()]
-        for a, b in zip(widths, widths[1:]):
+        for a, b in itertools.pairwise(widths):
             layers += [nn.Conv1d(a, b, 7, 1, 3), nn.ReLU()]
         super().__init__(*layers, nn.Conv1d(96, classes, 1), nn.LogSoftmax(1))
 
@@ -242,7 +243,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
         channels = [1, width, 2 * width]
-        for a, b in zip(channels, channels[1:]):
+        for a, b in itertools.pairwise(channels):
             self.downs.append(nn.Sequential(nn.Conv1d(a, b, 8, 4, 2), nn.ReLU(), nn.Conv1d(b, 2 * b, 1), nn.GLU(1)))
             up = [nn.Conv1d(b, 2 * b, 1), nn.GLU(1), nn.ConvTranspose1d(b, a, 8, 4, 2)]
             self.ups.insert(0, nn.Sequential(*up, *([nn.ReLU()] if a > 1 else [])))

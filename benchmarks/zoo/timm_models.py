@@ -15,10 +15,12 @@ LARGEST = 100_000_000
 #: Families whose smallest model is not known by its name.
 NAMED = {"senet": "legacy_seresnet18", "mlp_mixer": "mixer_s32_224", "tresnet": "tresnet_m"}
 #: Words for sizes in timm's names.
-SMALL = (
-    "test atto femto pico nano xxxt xxt xt n0 m0 t0 b0 s0 s1 x0 0 002 003 004 005 50 xxs xs xxsmall xsmall t tiny mini lite "
-    "10 11 14 18 19b 21 22 26 26ts xxs24 s12 s24 s 9m 5m small tiny12 h w18 33 39b 41 42 42b 121 n 16 d n1 ti b"
-).split()
+SMALL = [
+    "test", "atto", "femto", "pico", "nano", "xxxt", "xxt", "xt", "n0", "m0", "t0", "b0", "s0", "s1", "x0", "0",
+    "002", "003", "004", "005", "50", "xxs", "xs", "xxsmall", "xsmall", "t", "tiny", "mini", "lite", "10", "11",
+    "14", "18", "19b", "21", "22", "26", "26ts", "xxs24", "s12", "s24", "s", "9m", "5m", "small", "tiny12", "h",
+    "w18", "33", "39b", "41", "42", "42b", "121", "n", "16", "d", "n1", "ti", "b",
+]  # fmt: skip
 
 
 def entries() -> list[Entry]:

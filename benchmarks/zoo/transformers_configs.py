@@ -87,12 +87,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "lfm3": {"layer_types": ["conv", "full_attention"]},
-    **dict.fromkeys(
-        ("autoformer", "informer", "time_series_transformer"), {"prediction_length": 8, "context_length": 16}
-    ),
-    **dict.fromkeys(
-        ("swin", "swinv2", "donut-swin", "maskformer-swin"), {"window_size": 4, "image_size": 32, "patch_size": 2}
-    ),
+    **{
+        name: {"prediction_length": 8, "context_length": 16}
+        for name in ("autoformer", "informer", "time_series_transformer")
+    },
+    **{
+        name: {"window_size": 4, "image_size": 32, "patch_size": 2}
+        for name in ("swin", "swinv2", "donut-swin", "maskformer-swin")
+    },
     "codegen": {"rotary_dim": 8},
     "distilbert": {"hidden_dim": 256},
     "squeezebert": {"type_vocab_size": 2, "intermediate_size": 256},
@@ -104,9 +106,16 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     **{name: {"output_channels": 32} for name in ("sam_vision_model", "sam_hq_vision_model")},
     **{name: {"sr_ratios": [2, 2, 1, 1], "hidden_sizes": [32, 48, 64, 96]} for name in ("glpn", "segformer", "pvt_v2")},
     "swiftformer": {"down_patch_size": 3, "down_stride": 2, "down_pad": 1},
-    "phi4_multimodal_audio": {"ext_pw_out_channel": 64, "depthwise_separable_out_channel": 64, "nemo_conv_channels": 64},
+    "phi4_multimodal_audio": {
+        "ext_pw_out_channel": 64,
+        "depthwise_separable_out_channel": 64,
+        "nemo_conv_channels": 64,
+    },
     "higgs_audio_v2": {"codebook_size": 24},
-    "cosmos3_edge_text": {"head_dim": 16, "rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 1e4}},
+    "cosmos3_edge_text": {
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 1e4},
+    },
     "gptj": {"rotary_dim": 8},
     "reformer": {"axial_pos_embds_dim": (24, 40), "axial_pos_shape": (4, 16), "attn_layers": ["local", "lsh"]},
     "bit": {"num_groups": 8},
@@ -154,7 +163,7 @@ def tiny(config_class: type, **given: Any) -> Any:
             continue  # its size is in its name
         if name in fields and hasattr(kind, "sub_configs") and not isinstance(held, dict):
             values[name] = tiny(kind, **_stages(held))
-    values |= {k: v for k, v in _specials(fields).items()}
+    values |= _specials(fields)
     values |= OVERRIDES.get(getattr(config_class, "model_type", ""), {}) | given
     return _construct(config_class, values)
 

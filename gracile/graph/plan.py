@@ -57,7 +57,7 @@ def checked_groups(trace: Trace, keep: Keep) -> dict[str, Group]:
             )
         if len(units) % group.multiple_of and len(units) < group.units:
             raise ConfigError(
-                f"Group '{name}': the number of units kept must be a multiple of {group.multiple_of}, not {len(units)}; "
+                f"Group '{name}': {len(units)} units kept are no multiple of {group.multiple_of}; "
                 f"a kernel reads them in aligned rows."
             )
         if group.tied_count is not None:

@@ -120,7 +120,9 @@ def select_groups(model: nn.Module, traced: Trace, step: Prune, context: Context
 def _other_kinds(traced: Trace, step: Prune) -> list[str]:
     """Units that could be cut, but are no units of this pattern."""
     others = [g for g in traced.groups if g.frozen is None and g.kind not in step.pattern.kinds]
-    return [f"{g.name}: its units are {g.kind.replace('_', ' ')}, not {'/'.join(step.pattern.kinds)}" for g in others[:3]]
+    return [
+        f"{g.name}: its units are {g.kind.replace('_', ' ')}, not {'/'.join(step.pattern.kinds)}" for g in others[:3]
+    ]
 
 
 def _why_none(model: nn.Module) -> str:
