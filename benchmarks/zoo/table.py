@@ -23,8 +23,8 @@ def main() -> None:
     print("25 % of the channels, defaults, one call, float64 proof. Made by `benchmarks.zoo.table`.\n")
     heads = ("collection", "models", "crashed or out of time", "pruned ≥ 10 % and proven", "of models")
     peers = ("Torch-Pruning: models run", "pruned ≥ 10 %, same outputs' shapes")
-    print("| " + " | ".join(heads + peers) + " |
-" + "|---" * len(heads + peers) + "|")
+    print("| " + " | ".join(heads + peers) + " |")
+    print("|---" * len(heads + peers) + "|")
     for collection in [*dict.fromkeys(row["collection"] for row in built), "all"]:
         print(_totals(collection, [r for r in built if collection in (r["collection"], "all")]))
     short = [row for row in built if not passes(row)]
