@@ -69,8 +69,15 @@ def _check_tensors(model: nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise ModelError(f"'{name}' is on the meta device and holds no values.\n  Load the weights first.")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and _is_damaged(name, tensor):
             raise ModelError(f"'{name}' holds NaN or infinity: the model is damaged.\n  Go back to its checkpoint.")
+
+
+def _is_damaged(name: str, tensor: Tensor) -> bool:
+    """NaN anywhere; infinity in a parameter or a statistic, while a mask or a bound may well be infinite."""
+    if not isinstance(tensor, nn.Parameter) and not name.endswith(("running_mean", "running_var")):
+        return bool(torch.isnan(tensor).any())
+    return not bool(torch.isfinite(tensor).all())
 
 
 def _check_role(model: nn.Module, data: Data, role: str) -> None:

@@ -1,10 +1,13 @@
-"""Models in eval mode for a while."""
+"""Models in eval mode for a while, and models that a forward must not change."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -19,3 +22,38 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Eval mode for as long as the context lasts; then modules hold what they held, whatever their forward did.
+
+    Restored are the attributes, submodules, parameters and buffers that each module has, the contents of its buffers,
+    and of lists, dictionaries and sets that it holds. In-place writes into parameters are not.
+    """
+    bindings = [(held, dict(held)) for module in model.modules() for held in _dictionaries(module)]
+    containers = [
+        (value, copy.copy(value))
+        for module in model.modules()
+        for value in module.__dict__.values()
+        if type(value) in (list, dict, set)
+    ]
+    contents = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_meta]
+    model.eval()
+    try:
+        yield
+    finally:
+        for held, saved in bindings:
+            held.clear()
+            held.update(saved)
+        for container, kept in containers:
+            container.clear()
+            container.extend(kept) if isinstance(container, list) else container.update(kept)  # type: ignore[union-attr]
+        with torch.no_grad():
+            for buffer, version, value in contents:
+                if buffer._version != version:
+                    buffer.copy_(value)
+
+
+def _dictionaries(module: nn.Module) -> list[dict[str, Any]]:
+    return [module.__dict__, module._parameters, module._buffers, module._modules]  # type: ignore[list-item]

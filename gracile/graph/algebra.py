@@ -5,6 +5,8 @@ Whatever cannot be followed is frozen, with the reason; nothing here raises.
 
 from __future__ import annotations
 
+from math import lcm
+
 from gracile.graph.axes import (
     COUNTS_STACKED,
     SHAPES_DISAGREE,
@@ -34,6 +36,7 @@ def substitute(atom: Atom, expr: Expr) -> None:
         other.frozen = other.frozen or atom.frozen
         other.inexact = other.inexact or atom.inexact
         other.kinds |= atom.kinds
+        other.multiple = lcm(other.multiple, atom.multiple)
     atom.value = expr
 
 

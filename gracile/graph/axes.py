@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
+from math import lcm, prod
 
 #: Reasons of factors that count something other than neurons; nobody would want to cut them.
 COUNTS_POSITIONS = "it counts positions in space or time"
@@ -32,16 +32,18 @@ class Atom:
     frozen: why no unit can be cut; None where that is allowed.
     inexact: why a cut differs from zeroed units; None where they are the same.
     kinds: names of the roles it was seen in ("heads", "head_dim").
+    multiple: the count that stays must be a multiple of this, because a kernel wants aligned rows.
     value: the expression that replaced it; None while it stands for itself.
     """
 
-    __slots__ = ("frozen", "inexact", "kinds", "size", "value")
+    __slots__ = ("frozen", "inexact", "kinds", "multiple", "size", "value")
 
     def __init__(self, size: int, frozen: str | None = None) -> None:
         self.size = size
         self.frozen = frozen
         self.inexact: str | None = None
         self.kinds: frozenset[str] = frozenset()
+        self.multiple = 1
         self.value: Expr | None = None
 
     def __repr__(self) -> str:
@@ -142,6 +144,14 @@ def mark_inexact(expr: Expr, reason: str) -> None:
     """Note that a cut of these atoms is not the same as zeroed units."""
     for atom in atoms(expr):
         atom.inexact = atom.inexact or reason
+
+
+def mark_aligned(expr: Expr, multiple: int) -> None:
+    """Note that this dimension must stay a multiple of a number; freezes it where it is none now."""
+    if size(expr) % multiple:
+        freeze(expr, f"its size would have to be a multiple of {multiple}")
+    for atom in atoms(expr):
+        atom.multiple = lcm(atom.multiple, multiple)
 
 
 def mark_kind(expr: Expr, kind: str) -> None:

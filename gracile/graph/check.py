@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gracile.data import first_line
+from gracile.graph.float64 import computing_in_float64
 from gracile.graph.plan import Keep, checked_groups
 from gracile.graph.recorder import tensors_in
 from gracile.graph.trace import Trace
+from gracile.modes import unchanged
 
 #: Error of float64 arithmetic that a different order of summation may cause, relative to the largest output.
 TOLERANCE = 1e-10
@@ -25,12 +28,14 @@ class CutCheck:
 
     ran: whether it ran. max_error: largest difference to the zeroed original, relative to the largest output where that
     exceeds 1; None if it did not run. exact: whether it is within 1e-10. reason: why it is not, or why it did not run.
+    finite: whether its outputs are finite wherever those of the zeroed original are.
     """
 
     ran: bool
     max_error: float | None
     exact: bool
     reason: str | None
+    finite: bool = True
 
 
 def check_cut(
@@ -38,67 +43,70 @@ def check_cut(
 ) -> CutCheck:
     """Compare the cut model with the original whose units are zeroed in every consumer; neither model is changed."""
     groups = checked_groups(trace, keep)
-    zeroed = _double(original)
-    zero_units(zeroed, trace, keep)
-    with _float64(), torch.no_grad():
-        expected = [_as_double(t) for t in tensors_in(run(zeroed))]
-        try:
-            found = [_as_double(t) for t in tensors_in(run(_double(cut)))]
-        except Exception as error:  # whatever the model's own code raises is the finding
-            return CutCheck(False, None, False, f"the cut model does not run: {type(error).__name__}: {error}")
+    try:
+        with unchanged(cut), torch.no_grad():
+            run(cut)  # as it will run: a kernel may refuse sizes that float64 takes
+    except Exception as error:  # whatever the model's own code raises is the finding
+        return CutCheck(False, None, False, f"the cut model does not run: {first_line(error)}")
+    with unchanged(original), _same_chance(), computing_in_float64(original, _zeroing(trace, keep)):
+        expected = [_as_double(t) for t in tensors_in(run(original))]
+    try:
+        with unchanged(cut), _same_chance(), computing_in_float64(cut):
+            found = [_as_double(t) for t in tensors_in(run(cut))]
+    except Exception as error:  # whatever the model's own code raises is the finding
+        return CutCheck(False, None, False, f"the cut model does not run: {first_line(error)}")
     if [t.shape for t in expected] != [t.shape for t in found]:
         return CutCheck(True, None, False, "the cut model's outputs have other shapes")
-    scale = max((float(t.abs().max()) for t in expected if t.numel()), default=0.0)
-    largest = max((float((a - b).abs().max()) for a, b in zip(expected, found) if a.numel()), default=0.0)
-    relative = largest / max(scale, 1.0)
+    differences = [_difference(a, b) for a, b in zip(expected, found) if a.numel()]
+    relative = float(torch.tensor([0.0, *differences], dtype=torch.float64).max())  # NaN where any is
     if relative <= TOLERANCE:
         return CutCheck(True, relative, True, None)
     reasons = dict.fromkeys(group.exact for group in groups.values() if group.exact is not None)
-    return CutCheck(True, relative, False, "; ".join(reasons) or "the cut model computes something else")
+    finite = all(bool((b.isfinite() | ~a.isfinite()).all()) for a, b in zip(expected, found))
+    return CutCheck(True, relative, False, "; ".join(reasons) or "the cut model computes something else", finite)
+
+
+@contextmanager
+def _same_chance() -> Iterator[None]:
+    """A forward that draws random numbers draws the same ones in every run; the caller's state is kept."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def _difference(expected: Tensor, found: Tensor) -> float:
+    """Largest difference, relative to the largest entry where that exceeds 1; equal infinities and NaNs agree."""
+    same = (expected == found) | (expected.isnan() & found.isnan())
+    if bool(same.all()):
+        return 0.0
+    scale = float(expected[expected.isfinite()].abs().max()) if bool(expected.isfinite().any()) else 0.0
+    largest = float((expected - found)[~same].abs().max())
+    return largest / max(scale, 1.0)
 
 
 def zero_units(model: nn.Module, trace: Trace, keep: Keep) -> None:
     """Set the units that are not kept to zero in every weight that consumes them, in place."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.no_grad():
-        for name, group in checked_groups(trace, keep).items():
-            gone = sorted(set(range(group.units)) - set(keep[name]))
-            for member in group.members:
-                if member.role == "consumer":
-                    tensor = tensors[member.tensor]
-                    tensor.index_fill_(member.axis, member.positions[gone].flatten().to(tensor.device), 0)
+        for name, change in _zeroing(trace, keep).items():
+            change(tensors[name])
 
 
-def _double(model: nn.Module) -> nn.Module:
-    twin = copy.deepcopy(model).eval().double()
-    twin.register_forward_pre_hook(_cast, with_kwargs=True)
-    return twin
+def _zeroing(trace: Trace, keep: Keep) -> dict[str, Callable[[Tensor], None]]:
+    """Name of a weight -> what sets the units that are not kept to zero in it."""
+    slices: dict[str, list[tuple[int, Tensor]]] = {}
+    for name, group in checked_groups(trace, keep).items():
+        gone = sorted(set(range(group.units)) - set(keep[name]))
+        for member in group.members:
+            if member.role == "consumer" and (member.tensor, member.axis) not in trace.directions:
+                slices.setdefault(member.tensor, []).append((member.axis, member.positions[gone].flatten()))
 
+    def zero(parts: list[tuple[int, Tensor]], tensor: Tensor) -> None:
+        for axis, positions in parts:
+            tensor.index_fill_(axis, positions.to(tensor.device), 0)
 
-def _cast(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    return _map(args), _map(kwargs)
-
-
-def _map(tree: Any) -> Any:
-    if isinstance(tree, Tensor):
-        return tree.double() if tree.is_floating_point() else tree
-    if isinstance(tree, dict):
-        return {key: _map(value) for key, value in tree.items()}
-    if type(tree) in (tuple, list):
-        return type(tree)(_map(item) for item in tree)
-    return tree
+    return {name: functools.partial(zero, parts) for name, parts in slices.items()}
 
 
 def _as_double(tensor: Tensor) -> Tensor:
     return tensor.detach().double()
-
-
-@contextmanager
-def _float64() -> Iterator[None]:
-    """Tensors that a forward makes from nothing are float64 too, for as long as the check runs."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

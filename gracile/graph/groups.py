@@ -41,6 +41,7 @@ class Group:
     frozen: why none can be cut; None where they can.
     exact: why cutting units differs from zeroing them in all consumers; None where both give the same outputs.
     tied_count: groups with the same key must keep the same number of units; None for no such tie.
+    multiple_of: what the number of units kept must be a multiple of.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Group:
     frozen: str | None = None
     exact: str | None = None
     tied_count: str | None = None
+    multiple_of: int = 1
 
 
 def settle(recorder: Recorder, solver: Solver) -> dict[Atom, str]:
@@ -184,7 +186,7 @@ def build_groups(recorder: Recorder, ties: Mapping[Atom, str]) -> list[tuple[Gro
         kind = _kind(atom)
         layer, rank = _home(recorder, members, order, kind)
         name = _unique(layer if kind == "channels" else f"{layer}:{kind}", names)
-        group = Group(name, atom.size, kind, members, atom.frozen, atom.inexact, ties.get(atom))
+        group = Group(name, atom.size, kind, members, atom.frozen, atom.inexact, ties.get(atom), atom.multiple)
         found.append((rank, group, atom))
     return [(group, atom) for _, group, atom in sorted(found, key=lambda entry: entry[0])]
 

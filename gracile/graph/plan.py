@@ -55,6 +55,11 @@ def checked_groups(trace: Trace, keep: Keep) -> dict[str, Group]:
                 f"Group '{name}': the units kept must be ascending, different and within 0 … {group.units - 1}, "
                 f"got {units[:8]}{'…' if len(units) > 8 else ''}."
             )
+        if len(units) % group.multiple_of and len(units) < group.units:
+            raise ConfigError(
+                f"Group '{name}': {len(units)} units kept are no multiple of {group.multiple_of}; "
+                f"a kernel reads them in aligned rows."
+            )
         if group.tied_count is not None:
             other, count = tied.setdefault(group.tied_count, (name, len(units)))
             if count != len(units):

@@ -126,6 +126,7 @@ class Recorder(TorchDispatchMode):
         self.events: list[Event] = []
         self.consumers: set[Axis] = set()
         self.producers: set[Axis] = set()
+        self.directions: set[Axis] = set()  # divided by their own norm, so that zeros there give no zeros
         self.layers: list[str] = []  # those with parameters of their own that are running, outermost first
         self.modules: list[str] = []  # all modules that are running
         self.unknown: dict[str, int] = {}

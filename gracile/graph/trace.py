@@ -17,9 +17,10 @@ from gracile.graph.declared import declared_constraints
 from gracile.graph.flow import Flow
 from gracile.graph.groups import Group, build_groups, settle
 from gracile.graph.provenance import Provenance
-from gracile.graph.recorder import MacTerm, Recorder, tensors_in
+from gracile.graph.recorder import Axis, MacTerm, Recorder, tensors_in
 from gracile.graph.rules import rule_for
 from gracile.graph.solve import Solver
+from gracile.modes import unchanged
 
 FROM_INPUT = "it comes from the model's input"
 TO_OUTPUT = "it reaches the model's output"
@@ -61,6 +62,7 @@ class Trace:
     mac_terms: tuple[MacTerm, ...] = field(repr=False)
     batch_size: int = 1
     unknown_operators: tuple[str, ...] = ()
+    directions: frozenset[Axis] = frozenset()
 
     def group(self, name: str) -> Group:
         """The group of that name; raises ConfigError if there is none."""
@@ -92,7 +94,7 @@ def trace(model: nn.Module, run: Callable[[nn.Module], Any]) -> Trace:
     recorder = Recorder(model, rule_for)
     watch = _Watch(model, recorder)
     provenance = Provenance(recorder)
-    with _evaluating(model), watch.hooks(), traced_attributes(model, provenance.equal) as sequences:
+    with unchanged(model), watch.hooks(), traced_attributes(model, provenance.equal) as sequences:
         try:
             with torch.enable_grad(), recorder, provenance:
                 run(model)
@@ -124,21 +126,8 @@ def trace(model: nn.Module, run: Callable[[nn.Module], Any]) -> Trace:
         mac_terms=terms,
         batch_size=watch.batch_size,
         unknown_operators=tuple(sorted(recorder.unknown)),
+        directions=frozenset(recorder.directions),
     )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for as long as the context lasts; then every attribute of every module is what it was."""
-    before = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
-    before += [(module._buffers, dict(module._buffers)) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for held, saved in before:
-            held.clear()
-            held.update(saved)
 
 
 class _Watch:

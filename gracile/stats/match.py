@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from gracile.data import Batch, Data, logits_of
 from gracile.modes import eval_mode
+from gracile.nn import QuantizedConv, QuantizedLinear
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 FLOOR = 1e-12  # of a variance in a ratio: a channel that is constant in both models keeps its stored variance
@@ -98,9 +100,8 @@ def _is_tracking_norm(module: nn.Module, other: nn.Module) -> bool:
 
 
 def _has_biased_channels(module: nn.Module) -> bool:
-    """Linear and convolution layers with a bias for each output, quantized ones too."""
-    kind = type(module).__name__
-    return isinstance(getattr(module, "bias", None), Tensor) and ("Linear" in kind or "Conv" in kind)
+    """Linear and convolution layers with a bias for each output, quantized ones too; what is only named so is not."""
+    return isinstance(module, (nn.Linear, _ConvNd, QuantizedLinear, QuantizedConv)) and isinstance(module.bias, Tensor)
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
@@ -160,7 +161,11 @@ class _Matcher:
         return lambda module, args: self._remember(name, args[0].movedim(1, -1).flatten(0, -2))
 
     def _reference_output(self, name: str) -> Callable[..., None]:
-        return lambda module, args, output: self._remember(name, _rows(module, output))
+        def hook(module: Any, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor):  # a layer's subclass may return more than its product
+                self._remember(name, _rows(module, output))
+
+        return hook
 
     def _correct_norm(self, name: str) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Tensor, ...]) -> None:
@@ -180,7 +185,7 @@ class _Matcher:
 
     def _correct_bias(self, name: str) -> Callable[..., Tensor | None]:
         def hook(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-            if not self.moments[name]:
+            if not self.moments[name] or not isinstance(output, Tensor):
                 return None
             mean0, _ = self.moments[name].pop(0)
             shift = mean0 - _rows(module, output).double().mean(0)

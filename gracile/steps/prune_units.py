@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import copy
+import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from gracile.context import Context
 from gracile.criteria import Consumer, Magnitude
 from gracile.data import Batch
 from gracile.errors import ConfigError, NothingChangedError
-from gracile.graph import CutCheck, Group, Trace, check_cut, plan_resize, trace
+from gracile.graph import Group, Trace, trace
 from gracile.nn import QuantizedLayer
 from gracile.patterns import reduce_scores, unit_norms
 from gracile.recipe import Recorder
@@ -25,16 +26,18 @@ from gracile.stats.collect import first_batch
 from gracile.steps.budget import meet_budget
 from gracile.steps.consumers import collect_consumers, readers
 from gracile.steps.correct import copy_model
+from gracile.steps.cut import Keep, cut_checked
 from gracile.steps.repair import repair_units
 from gracile.steps.scores import score_weights
 from gracile.steps.sequence import choose_in_sequence
 from gracile.steps.tables import measure_tables
-from gracile.surgery import Resize, apply
 
 if TYPE_CHECKING:
     from gracile.steps.prune import Prune
 
-Keep = dict[str, list[int]]
+
+#: Batches on which a cut is proven: a forward may branch on its data, so that one shows too little.
+CHECKED_BATCHES = 3
 
 
 def prune_units(model: nn.Module, step: Prune, context: Context, recorder: Recorder) -> None:
@@ -59,7 +62,10 @@ def prune_units(model: nn.Module, step: Prune, context: Context, recorder: Recor
     if step.repair is not None and hasattr(step.criterion, "unit_scores"):
         keep = choose_in_sequence(model, traced, groups, keep, step.criterion, step.repair, context)
     reference = copy_model(model)
-    keep, edit = _cut_checked(model, reference, traced, keep, run, recorder)
+    checked = list(itertools.islice(context.data.calibration_batches, CHECKED_BATCHES))
+    keep, edit = cut_checked(
+        model, traced, keep, lambda net: [context.data.forward(net, each) for each in checked], recorder
+    )
     recorder.edits.append(edit)
     for group in groups:
         kept = len(keep.get(group.name, range(group.units)))
@@ -109,9 +115,17 @@ def select_groups(model: nn.Module, traced: Trace, step: Prune, context: Context
         reasons = [f"{row.name}: {row.reason}" for row in recorder.layers[:5]]
         raise ConfigError(
             f"Prune: nothing that {type(step.pattern).__name__}() can cut.\n  "
-            + ("\n  ".join(reasons) or _why_none(model))
+            + ("\n  ".join([*reasons, *_other_kinds(traced, step)]) or _why_none(model))
         )
     return chosen
+
+
+def _other_kinds(traced: Trace, step: Prune) -> list[str]:
+    """Units that could be cut, but are no units of this pattern."""
+    others = [g for g in traced.groups if g.frozen is None and g.kind not in step.pattern.kinds]
+    return [
+        f"{g.name}: its units are {g.kind.replace('_', ' ')}, not {'/'.join(step.pattern.kinds)}" for g in others[:3]
+    ]
 
 
 def _why_none(model: nn.Module) -> str:
@@ -180,17 +194,14 @@ def choose_units(
 def keep_highest(groups: list[Group], scores: Mapping[str, Tensor], removed: Mapping[str, int], step: Prune) -> Keep:
     """The highest-scored units of each group, as many as `removed` leaves; equal counts for groups that must agree."""
     multiple = getattr(step.pattern, "multiple_of", 1)
-    counts = {}
+    counts: dict[str, int] = {}
+    tied: dict[str, list[Group]] = {}
     for group in groups:
-        counts[group.name] = group.units - removed.get(group.name, 0)
-    for key in {g.tied_count for g in groups} - {None}:
-        tied = [g.name for g in groups if g.tied_count == key]
-        counts.update(dict.fromkeys(tied, round(sum(counts[name] for name in tied) / len(tied))))
-    for group in groups:
-        if multiple > 1 and counts[group.name] < group.units:
-            rounded = max(multiple, round(counts[group.name] / multiple) * multiple)
-            counts[group.name] = min(group.units, rounded)
-        counts[group.name] = max(1, counts[group.name])
+        tied.setdefault(group.tied_count or f"\0{group.name}", []).append(group)
+    for members in tied.values():
+        kept = sum(g.units - removed.get(g.name, 0) for g in members) / len(members)
+        units = members[0].units
+        counts.update(dict.fromkeys((g.name for g in members), _rounded(kept, units, multiple, members)))
     keep: Keep = {}
     for group in groups:
         if counts[group.name] < group.units:
@@ -199,48 +210,12 @@ def keep_highest(groups: list[Group], scores: Mapping[str, Tensor], removed: Map
     return keep
 
 
-def _cut_checked(
-    model: nn.Module, reference: nn.Module, traced: Trace, keep: Keep, run: Any, recorder: Recorder
-) -> tuple[Keep, Resize]:
-    """Cut, run, and compare with the zeroed original; groups that do not pass alone are left whole."""
-    check = _try_cut(reference, traced, keep, run)
-    if not _passes(check, traced, keep):
-        passed = {}
-        for name, kept in keep.items():
-            alone = _try_cut(reference, traced, {name: kept}, run)
-            if _passes(alone, traced, {name: kept}):
-                passed[name] = kept
-            else:
-                recorder.skip(name, traced.group(name).kind, alone.reason or "the cut cannot be verified")
-        keep = passed
-        check = _try_cut(reference, traced, keep, run) if keep else check
-        if not keep or not _passes(check, traced, keep):
-            raise NothingChangedError(
-                f"Prune: these groups cannot be cut so that the model still works: {check.reason}.\n"
-                f"  `gracile inspect` shows the groups; exclude some, or use another pattern."
-            )
-    edit = plan_resize(traced, keep)
-    apply(model, [edit])
-    if check.max_error is not None:
-        recorder.numbers["cut_error"] = check.max_error
-    recorder.notes.append(
-        "The cut model equals the original with the same units zeroed (float64)."
-        if check.exact
-        else f"The cut model is not the zeroed original exactly, as expected: {check.reason}."
-    )
-    return keep, edit
-
-
-def _try_cut(reference: nn.Module, traced: Trace, keep: Keep, run: Any) -> CutCheck:
-    trial = copy.deepcopy(reference)
-    apply(trial, [plan_resize(traced, keep)])
-    return check_cut(reference, trial, traced, keep, run)
-
-
-def _passes(check: CutCheck, traced: Trace, keep: Keep) -> bool:
-    """Whether the cut model runs, and equals the zeroed original unless the algebra says that it need not."""
-    expected_exact = all(traced.group(name).exact is None for name in keep)
-    return check.ran and check.max_error is not None and (check.exact or not expected_exact)
+def _rounded(kept: float, units: int, multiple: int, members: list[Group]) -> int:
+    """The count nearest to `kept` that the pattern and every member can have."""
+    step = math.lcm(multiple, *(g.multiple_of for g in members))
+    if round(kept) >= units:
+        return units
+    return min(units, max(step, round(kept / step) * step))
 
 
 def _layers(group: Group, role: str) -> list[str]:

@@ -64,3 +64,31 @@ def test_zeroing_touches_consumers_only() -> None:
     assert torch.equal(model[0].weight, first)
     assert torch.equal(model[2].weight[:, [0, 2, 3]], second[:, [0, 2, 3]])
     assert not model[2].weight[:, 1].any()
+
+
+def test_a_normed_weight_whose_inputs_are_cut_is_proven_by_its_gains() -> None:
+    # Of a transposed convolution the norm is taken per input: zero directions would be 0/0, zero gains are not.
+    torch.manual_seed(0)
+    up = nn.utils.parametrizations.weight_norm(nn.ConvTranspose1d(8, 6, 4, 2))
+    model = nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU(), up, nn.Conv1d(6, 2, 1)).eval()
+    x = torch.randn(2, 3, 10)
+    found = trace(model, lambda m: m(x))
+    exact = {g.name: g.exact for g in found.groups if g.frozen is None}
+    assert exact == {"0": None, "2": "a weight norm is taken over it"}
+    keep = {"0": [0, 1, 3, 4, 6]}
+    cut = copy.deepcopy(model)
+    apply(cut, [plan_resize(found, keep)])
+    assert check_cut(model, cut, found, keep, lambda m: m(x)).exact
+
+
+def test_nan_on_one_side_only_is_a_difference() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    run = lambda m: m(torch.ones(2, 3))  # noqa: E731
+    found = trace(model, run)
+    keep = {"0": [0, 2, 3]}
+    cut = copy.deepcopy(model)
+    apply(cut, [plan_resize(found, keep)])
+    with torch.no_grad():
+        cut[2].bias[0] = float("nan")
+    check = check_cut(model, cut, found, keep, run)
+    assert (check.ran, check.exact, check.finite) == (True, False, False)

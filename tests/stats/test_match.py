@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -239,3 +240,34 @@ def test_one_batch_serves_both_ends_and_progress_is_told() -> None:
     seen: list[int] = []
     done = match_statistics(net, original, Data(calibration=batches(1, (8, 3, 8, 8))), {}, on_batch=seen.append)
     assert done.accepted and done.error_after < 1e-10 and seen == [1]
+
+
+class LinearByName(nn.Module):
+    """Named like a layer of PyTorch's, with a bias that is none of an output channel each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(6, 1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, float]:
+        return (x @ self.weight.t()).transpose(0, 1) + self.bias, 1.0
+
+
+class Pairs(nn.Linear):
+    """A linear layer that returns more than its product."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, float]:  # type: ignore[override]
+        return super().forward(x), 1.0
+
+
+@pytest.mark.parametrize("kind", [LinearByName, lambda: Pairs(4, 6)])
+def test_modules_that_are_no_layers_of_one_output_are_left_alone(kind: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    original = kind()
+    net = copy.deepcopy(original)
+    with torch.no_grad():
+        net.bias += 1
+    data = Data(calibration=[torch.randn(5, 4) for _ in range(3)])
+    before = state(net)
+    assert match_statistics(net, original, data, {}).layers == ()
+    assert all(torch.equal(v, before[k]) for k, v in state(net).items())

@@ -272,6 +272,7 @@ class Fake:
     name: str
     units: int
     tied_count: str | None = None
+    multiple_of: int = 1
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gracile.graph.axes import Expr, mark_inexact, mark_kind
-from gracile.graph.recorder import Call, Rule, Value
+from gracile.graph.axes import Expr, freeze, mark_aligned, mark_inexact, mark_kind
+from gracile.graph.recorder import Call, Rule, Unfollowed, Value
 from gracile.graph.rules.base import broadcast, free, meet
 
+#: Rows of the operands of a grouped product start at multiples of this many bytes.
+ALIGNMENT = 16
 BETWEEN_ACTIVATIONS = "it is summed over between two activations"
 
 
@@ -92,6 +94,25 @@ def dot(call: Call) -> None:
     call.set(call.output, [])
 
 
+def grouped_mm(call: Call) -> None:
+    """[rows, k] · [groups, k, n], rows sorted by group, or [groups, rows, k] · [groups, k, n]."""
+    a, b = call.value(call["self"]), call.value(call["mat2"])
+    if len(b.dims) != 3:
+        raise Unfollowed("a product whose groups are laid along the summed dimension")
+    if len(a.dims) == 3:
+        lead = [meet(a.dims[0], b.dims[0]), a.dims[1]]
+    else:
+        freeze(b.dims[0], "rows are sorted by it")
+        freeze(a.dims[0], "it is sorted by groups")
+        lead = [a.dims[0]]
+    summed = contract(call, a, len(a.dims) - 1, b, 1)
+    call.recorder.produce(b, 2)
+    for dim in (summed, b.dims[2]):
+        mark_aligned(dim, max(1, ALIGNMENT // call["self"].element_size()))
+    call.recorder.count(*lead, summed, b.dims[2])
+    call.set(call.output, [*lead, b.dims[2]])
+
+
 def linear(call: Call) -> None:
     """x · Wᵀ + b, where a backend keeps it whole."""
     x, weight = call.value(call["input"]), call.value(call["weight"])
@@ -110,6 +131,7 @@ RULES: dict[str, Rule] = {
     "_addmm_activation": addmm,
     "bmm": bmm,
     "baddbmm": baddbmm,
+    "_grouped_mm": grouped_mm,
     "mv": mv,
     "dot": dot,
     "linear": linear,

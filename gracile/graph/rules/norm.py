@@ -58,12 +58,15 @@ def _with_statistics(call: Call, dims: list[Expr]) -> None:
 
 
 def weight_norm(call: Call) -> None:
-    """g · v / ‖v‖ over all dimensions but one."""
+    """g · v / ‖v‖ over all dimensions but one: a cut of the others changes the norm, and zero v has no direction."""
     value = call.value(call["v"])
     gain = call.value(call["g"])
-    for dim, own in zip(value.dims, gain.dims):
+    for d, (dim, own) in enumerate(zip(value.dims, gain.dims)):
         if own:
             unify(dim, own)
+            call.recorder.directions |= value.sources[d]
+        else:
+            mark_inexact(dim, "a weight norm is taken over it")
     output, *rest = call.outputs
     sources = [a | b for a, b in zip(value.sources, gain.sources)]
     call.set(output, value.dims, sources, value.is_weight)

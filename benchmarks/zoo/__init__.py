@@ -1,0 +1,1 @@
+"""Coverage: every architecture of several model libraries, tiny and random, cut by a quarter of its channels."""

@@ -1,0 +1,123 @@
+"""One model of the zoo: built, cut by a quarter of its channels with the defaults in one call, and compared."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+import gracile
+from benchmarks.zoo.entry import Batch, CannotBuild, Entry
+from gracile.errors import GracileError
+from gracile.graph.recorder import tensors_in
+
+FRACTION = 0.25
+
+
+def examine(entry: Entry) -> dict[str, Any]:
+    """Our outcome: "pruned", "refused" (a clear error of ours), "crashed" or "not built"."""
+    try:
+        model, batch = _built(entry)
+    except CannotBuild as error:
+        return {"outcome": "not built", "reason": str(error)}
+    row: dict[str, Any] = {"parameters": count(model)}
+    start = time.perf_counter()
+    try:
+        row |= prune(model, batch)
+    except GracileError as error:
+        row |= {"outcome": "refused", "reason": str(error).split("\n  ")[0], "message": str(error)[:1500]}
+    except Exception as error:  # anything else is our defect
+        row |= {"outcome": "crashed", "reason": f"{type(error).__name__}: {first_line(error)}"}
+    return row | {"seconds": round(time.perf_counter() - start, 2)}
+
+
+def examine_peer(entry: Entry) -> dict[str, Any]:
+    """Torch-Pruning's outcome on the same model: "pruned", "outputs changed shape" or "failed"."""
+    return torch_pruning(*_built(entry))
+
+
+def _built(entry: Entry) -> tuple[nn.Module, Batch]:
+    warnings.filterwarnings("ignore")
+    try:
+        model, batch = entry.build()
+    except CannotBuild:
+        raise
+    except Exception as error:  # a library that cannot build one of its own models
+        raise CannotBuild(f"{type(error).__name__}: {first_line(error)}") from error
+    if count(model) == 0:
+        raise CannotBuild("it has no parameters")
+    return model, batch
+
+
+def prune(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """The one call, and what came of it."""
+    step = gracile.Prune(FRACTION, pattern=gracile.Channels())
+    result = gracile.compress(model, step, gracile.Data(calibration=[batch]))
+    record = result.report.steps[0]
+    after = count(result.model)
+    with torch.no_grad():
+        outputs = list(tensors_in(call(result.model, batch)))
+    return {
+        "outcome": "pruned",
+        "parameters_after": after,
+        "removed": round(1 - after / count(model), 4),
+        "cut_error": record.numbers.get("cut_error"),
+        "finite": all(bool(torch.isfinite(t).all()) for t in outputs if t.is_floating_point()),
+        "proof": next((note for note in record.notes if "zeroed" in note), ""),
+        "groups": sum(1 for r in record.layers if r.action == "cut"),
+        "kept_whole": reasons(record.layers),
+    }
+
+
+def reasons(rows: Any) -> dict[str, int]:
+    """Why groups were left whole, with how many units each reason keeps, the most first."""
+    found: dict[str, int] = {}
+    for row in rows:
+        if row.action == "skipped":
+            found[row.reason] = found.get(row.reason, 0) + 1
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def torch_pruning(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """Torch-Pruning's default pruner at the same ratio: the model must still run, with outputs of the same shapes."""
+    import torch_pruning as tp
+
+    net = copy.deepcopy(model)
+    try:
+        with torch.no_grad():
+            before = [t.shape for t in tensors_in(call(net, batch))]
+        example = batch if isinstance(batch, dict) else batch[0] if isinstance(batch, list) else batch
+        pruner = tp.pruner.BasePruner(
+            net,
+            example,
+            importance=tp.importance.GroupMagnitudeImportance(p=2),
+            pruning_ratio=FRACTION,
+            output_transform=lambda out: sum(t.float().sum() for t in tensors_in(out) if t.is_floating_point()),
+            forward_fn=call,
+        )
+        pruner.step()
+        with torch.no_grad():
+            after = [t.shape for t in tensors_in(call(net, batch))]
+    except Exception as error:  # its outcome, whatever it is
+        return {"outcome": "failed", "reason": f"{type(error).__name__}: {first_line(error)}"}
+    removed = round(1 - count(net) / count(model), 4)
+    return {"outcome": "pruned" if after == before else "outputs changed shape", "removed": removed}
+
+
+def call(model: nn.Module, batch: Batch) -> Any:
+    """The model on the batch, as `gracile.Data` feeds it."""
+    return gracile.Data(calibration=[batch]).forward(model, batch)
+
+
+def count(model: nn.Module) -> int:
+    """How many numbers its parameters are."""
+    return sum(math.prod(p.shape) for p in model.parameters())
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:300]
