@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gracile.criteria.base import Consumer
+from gracile.criteria.base import CannotScoreError, Consumer, Units
 from gracile.errors import ConfigError
 from gracile.layer_stats import LayerStats
 
@@ -28,6 +28,7 @@ class OBS:
     """
 
     damping: float = 0.01
+    comparable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.damping < float("inf"):
@@ -52,12 +53,14 @@ class OBS:
         scores = 0.5 * rows.square() / diagonals.unsqueeze(1)
         return scores.reshape(weight.shape).float().to(weight.device)
 
-    def unit_scores(self, consumers: Sequence[Consumer]) -> Tensor:
+    def unit_scores(self, units: Units) -> Tensor:
         """[units] float64: what each unit cost when its turn came, raised above the one before where it cost less."""
-        states = [_State(c, self._inverse(c.gram)) for c in consumers]
-        units = len(consumers[0].columns)
-        scores = torch.empty(units, dtype=torch.float64)
-        alive = torch.arange(units)
+        if not units.consumers:
+            raise CannotScoreError("OBS: not all that reads it are linear or ungrouped convolution layers")
+        states = [_State(c, self._inverse(c.gram)) for c in units.consumers]
+        count = len(units.consumers[0].columns)
+        scores = torch.empty(count, dtype=torch.float64)
+        alive = torch.arange(count)
         last = 0.0
         while len(alive):
             losses = torch.stack([state.losses(alive) for state in states]).sum(0)
