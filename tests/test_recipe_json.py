@@ -25,7 +25,7 @@ STEPS = [
     gc.Prune(0.5, pattern=gc.Channels(), criterion=gc.criteria.Activation(power=2)),
     gc.Prune(0.5, pattern=gc.Channels(), criterion=gc.criteria.FPGM()),
     gc.Prune(0.5, pattern=gc.Heads(), criterion=gc.criteria.GateFisher(), examples=64),
-    gc.Prune(0.5, pattern=gc.Channels(), criterion=gc.criteria.OBS(damping=0.1), allocation=gc.allocate.MeasuredLoss(power=1.0, levels=4)),  # noqa: E501
+    gc.Prune(0.5, pattern=gc.Channels(), criterion=gc.criteria.OBS(damping=0.1, swap_sweeps=0), allocation=gc.allocate.MeasuredLoss(power=1.0, levels=4)),  # noqa: E501
     gc.Prune(0.5, pattern=gc.Channels(), repair=gc.solvers.LeastSquares()),
     gc.Prune(0.5, allocation=gc.allocate.GlobalRank(max_fraction=0.9, per_cost=True)),
     gc.Quantize(gc.W8A8),

@@ -28,7 +28,7 @@ from gracile.steps.correct import copy_model
 from gracile.steps.repair import repair_units
 from gracile.steps.scores import score_weights
 from gracile.steps.tables import measure_tables
-from gracile.steps.units import score_groups
+from gracile.steps.units import exchange_units, score_groups
 from gracile.surgery import Resize, apply
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ def prune_units(model: nn.Module, step: Prune, context: Context, recorder: Recor
     scores = score_units(model, groups, consumers, step, context, recorder)
     groups = [group for group in groups if group.name in scores]
     keep = choose_units(model, traced, groups, scores, consumers, step, context, batch)
+    if step.below is None:
+        keep = exchange_units(keep, consumers, step.criterion)
     if not keep:
         raise NothingChangedError(
             f"Prune: no unit was removed from {len(groups)} groups; each keeps at least one, none scored low enough.\n"

@@ -67,6 +67,15 @@ def score_groups(
     return scores
 
 
+def exchange_units(
+    keep: Mapping[str, list[int]], consumers: Mapping[str, Sequence[Consumer]], criterion: Any
+) -> dict[str, list[int]]:
+    """As many units of each group as before, chosen by a criterion that judges whole sets once their size is known."""
+    if not hasattr(criterion, "choose"):
+        return dict(keep)
+    return {name: criterion.choose(Units(consumers=tuple(consumers[name])), kept) for name, kept in keep.items()}
+
+
 def collect_units(
     model: nn.Module,
     groups: Sequence[Group],

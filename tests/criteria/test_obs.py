@@ -134,6 +134,12 @@ def test_nothing_given_is_changed() -> None:
     assert torch.equal(given.weight, weight) and torch.equal(given.gram, gram(inputs))
 
 
+@pytest.mark.parametrize("sweeps", [-1, 1.5])
+def test_an_impossible_number_of_sweeps_is_refused(sweeps: float) -> None:
+    with pytest.raises(ConfigError, match="swap_sweeps"):
+        OBS(swap_sweeps=sweeps)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("damping", [0, -1, float("inf"), float("nan")])
 def test_an_impossible_damping_is_refused(damping: float) -> None:
     with pytest.raises(ConfigError, match="damping"):
