@@ -3,7 +3,9 @@
 Both cut to the same MACs with the same criterion, both with batch-norm statistics measured again on the same training
 images: ours by the difference to the original, Torch-Pruning's by re-estimation.
 
-    python -m benchmarks.channels [--calibration 1024] [--seed 0]
+    python -m benchmarks.channels [--criteria NAME,NAME] [--no-peer] [--calibration 1024] [--seed 0]
+
+Only magnitude, taylor and hessian have a counterpart there; others want --no-peer.
 """
 
 from __future__ import annotations
@@ -22,7 +24,17 @@ from benchmarks.datasets import batches, cifar10
 from benchmarks.models import resnet20_projection
 from gracile.graph import trace
 
-CRITERIA: dict[str, Any] = {"magnitude": gc.Magnitude(power=2), "taylor": gc.Taylor(), "hessian": gc.Hessian()}
+CRITERIA: dict[str, Any] = {
+    "magnitude": gc.Magnitude(power=2),
+    "taylor": gc.Taylor(),
+    "hessian": gc.Hessian(),
+    "batch_norm_scale": gc.criteria.BatchNormScale(),
+    "activation": gc.criteria.Activation(),
+    "activation_l2": gc.criteria.Activation(power=2),
+    "fpgm": gc.criteria.FPGM(),
+    "gate_fisher": gc.criteria.GateFisher(),
+    "random": gc.criteria.Random(),
+}
 
 
 def accuracy(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> float:

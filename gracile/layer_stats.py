@@ -28,7 +28,7 @@ class LayerStats:
 
     input, output: histogram of all values of the layer's input / output over the calibration data.
     input_mean: [d] float64, mean over tokens or positions, d = in-features, or in/groups·kh·kw·groups unfolded inputs.
-    input_sq_mean: [d] float64, mean of squares.
+    input_sq_mean: [d] float64, mean of squares. input_abs_mean: [d] float64, mean of absolute values.
     input_peak: [in] float32, max|x| of each input channel of a linear layer.
     input_rows: [n, in] float32, a few hundred inputs of a linear layer, evenly spread over the calibration data.
     gram: [groups, d/groups, d/groups] float64 or float32, H = (2/N) Σ x xᵀ over N tokens or positions.
@@ -44,6 +44,7 @@ class LayerStats:
     output: Histogram | None = None
     input_mean: Tensor | None = None
     input_sq_mean: Tensor | None = None
+    input_abs_mean: Tensor | None = None
     input_peak: Tensor | None = None
     input_rows: Tensor | None = None
     gram: Tensor | None = None
@@ -56,6 +57,8 @@ class LayerStats:
 
 #: Names that a criterion, a range or a repair may ask for, and what they need from the data.
 ACTIVATION_STATS = frozenset({"input", "output", "input_mean", "input_sq_mean", "gram", "output_mean"}) | frozenset(
-    {"input_peak", "input_rows"}
+    {"input_abs_mean", "input_peak", "input_rows"}
 )
 GRADIENT_STATS = frozenset({"gradient", "gradient_sq", "hessian_diagonal"})
+#: The same of whole units instead of single weights; see `gracile.criteria.Units`.
+GATE_STATS = frozenset({"gate_gradient_sq"})

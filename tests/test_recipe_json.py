@@ -21,7 +21,11 @@ STEPS = [
     gc.Prune(to=gc.Latency(0.5, target=gc.PyTorch(threads=1)), pattern=gc.Channels()),
     gc.Prune(pattern=gc.NM(2, 4), criterion=gc.criteria.Random(seed=3)),
     gc.Prune(0.5, allocation=gc.allocate.Uniform()),
-    gc.Prune(0.5, pattern=gc.Channels(), criterion=gc.criteria.OBS(damping=0.1), allocation=gc.allocate.MeasuredLoss(power=1.0, levels=4)),  # noqa: E501
+    gc.Prune(0.5, pattern=gc.Channels(), criterion=gc.criteria.BatchNormScale()),
+    gc.Prune(0.5, pattern=gc.Channels(), criterion=gc.criteria.Activation(power=2)),
+    gc.Prune(0.5, pattern=gc.Channels(), criterion=gc.criteria.FPGM()),
+    gc.Prune(0.5, pattern=gc.Heads(), criterion=gc.criteria.GateFisher(), examples=64),
+    gc.Prune(0.5, pattern=gc.Channels(), criterion=gc.criteria.OBS(damping=0.1, swap_sweeps=0), allocation=gc.allocate.MeasuredLoss(power=1.0, levels=4)),  # noqa: E501
     gc.Prune(0.5, pattern=gc.Channels(), repair=gc.solvers.LeastSquares()),
     gc.Prune(0.5, allocation=gc.allocate.GlobalRank(max_fraction=0.9, per_cost=True)),
     gc.Quantize(gc.W8A8),
@@ -57,7 +61,7 @@ def test_every_public_member_of_every_family_is_in_a_step_above():
     """A new criterion, loss, range or format joins the round trip, or this says so."""
     text = json.dumps([to_config(step) for step in STEPS])
     for family, settings in (
-        (gc.criteria, {"Criterion", "Consumer"}),
+        (gc.criteria, {"Criterion", "Consumer", "UnitCriterion", "Units", "CannotScoreError"}),
         (gc.losses, {"DistillationLoss"}),
         (gc.ranges, {"Range"}),
         (gc.formats, {"Format", "Granularity"}),

@@ -24,6 +24,26 @@ class Criterion(Protocol):
     def __call__(self, weight: Tensor, stats: LayerStats) -> Tensor: ...
 
 
+class UnitCriterion(Protocol):
+    """units -> [units] scores of whole units, float64; higher means keep. For what no sum over single weights can say.
+
+    needs: names of the statistics behind the fields of `Units` that it reads. comparable: whether scores of different
+    groups compare as they are; where not, the pattern's `normalise` decides. Members are frozen dataclasses and pure
+    functions, and raise CannotScoreError for units without what they read.
+    """
+
+    @property
+    def needs(self) -> frozenset[str]: ...
+    @property
+    def comparable(self) -> bool: ...
+
+    def unit_scores(self, units: Units) -> Tensor: ...
+
+
+class CannotScoreError(ConfigError):
+    """A criterion finds nothing to score a group of units by; its message says what is missing."""
+
+
 @dataclass(frozen=True)
 class Consumer:
     """A layer that reads the units of a group, as a criterion with `unit_scores` sees it.
@@ -38,6 +58,25 @@ class Consumer:
     gram: Tensor
     mean: Tensor
     columns: Tensor
+
+
+@dataclass(frozen=True)
+class Units:
+    """A group of units, as a criterion of whole units sees it; empty or None where there is none or nobody asked.
+
+    makers: of each weight that makes them, [units, n], the numbers that belong to each unit.
+    norm_scales: γ of each batch norm that they pass, [units, k].
+    consumers: the layers that read them, with moments of inputs ("gram").
+    inputs: for each layer that reads them, [units, k], the mean of |x| or of x² ("input_abs_mean", "input_sq_mean") at
+        the inputs that each unit feeds.
+    gate_gradient_sq: [units], E[(dL/dm)²] over single examples, m = 1 a factor on everything that a unit passes on.
+    """
+
+    makers: tuple[Tensor, ...] = ()
+    norm_scales: tuple[Tensor, ...] = ()
+    consumers: tuple[Consumer, ...] = ()
+    inputs: tuple[Tensor, ...] = ()
+    gate_gradient_sq: Tensor | None = None
 
 
 def statistic(criterion: Criterion, stats: LayerStats, name: str, weight: Tensor) -> Tensor:

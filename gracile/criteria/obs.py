@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gracile.criteria.base import Consumer
+from gracile.criteria.base import CannotScoreError, Consumer, Units
+from gracile.criteria.exchange import Reader, exchange
 from gracile.errors import ConfigError
 from gracile.layer_stats import LayerStats
 
@@ -22,16 +24,23 @@ class OBS:
     with the layer's output error for the loss, as in Optimal Brain Compression (Frantar and Alistarh 2022,
     arXiv:2208.11580). For a unit, S are the columns that read it, and units go one by one, each removal followed by the
     optimal update of weights and of H⁻¹, as in ZipLM (Kurtic et al. 2023, arXiv:2302.04089). Here a unit's cost is the
-    sum over all layers that read it, each as a fraction of that layer's output energy.
+    sum over all layers that read it, each as a fraction of that layer's output energy, and once it is known how many
+    units stay, `choose` improves the set by swap search.
 
     damping: added to the diagonal of H, as a fraction of its mean.
+    swap_sweeps: passes of the swap search over the removed units, each exchanged for a kept one where that lowers their
+        joint cost; ends early where none does. 0: the units that went first stay removed.
     """
 
     damping: float = 0.01
+    swap_sweeps: int = 4
+    comparable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.damping < float("inf"):
             raise ConfigError(f"OBS(damping={self.damping!r}): expected a positive number.")
+        if not isinstance(self.swap_sweeps, int) or self.swap_sweeps < 0:
+            raise ConfigError(f"OBS(swap_sweeps={self.swap_sweeps!r}): expected a whole number of at least 0.")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -52,12 +61,14 @@ class OBS:
         scores = 0.5 * rows.square() / diagonals.unsqueeze(1)
         return scores.reshape(weight.shape).float().to(weight.device)
 
-    def unit_scores(self, consumers: Sequence[Consumer]) -> Tensor:
+    def unit_scores(self, units: Units) -> Tensor:
         """[units] float64: what each unit cost when its turn came, raised above the one before where it cost less."""
-        states = [_State(c, self._inverse(c.gram)) for c in consumers]
-        units = len(consumers[0].columns)
-        scores = torch.empty(units, dtype=torch.float64)
-        alive = torch.arange(units)
+        if not units.consumers:
+            raise CannotScoreError("OBS: not all that reads it are linear or ungrouped convolution layers")
+        states = [_Eliminated(c, c.weight.detach().double().cpu(), self._inverse(c.gram)) for c in units.consumers]
+        count = len(units.consumers[0].columns)
+        scores = torch.empty(count, dtype=torch.float64)
+        alive = torch.arange(count)
         last = 0.0
         while len(alive):
             losses = torch.stack([state.losses(alive) for state in states]).sum(0)
@@ -66,38 +77,80 @@ class OBS:
             last = max(float(losses[lowest]), math.nextafter(last, math.inf))
             scores[unit] = last
             for state in states:
-                state.remove(unit)
+                state.eliminate(state.columns[unit])
             alive = alive[alive != unit]
         return scores
 
-    def _inverse(self, gram: Tensor) -> Tensor:
+    def choose(self, units: Units, kept: Sequence[int]) -> list[int]:
+        """As many units to keep, ascending, whose complement costs no more to remove jointly.
+
+        Swap search from the units given and from those that greedy selection takes up one by one; the cheaper outcome.
+        """
+        if not self.swap_sweeps:
+            return sorted(kept)
+        readers = [
+            Reader(self._damped(c.gram), c.weight.detach().double().cpu(), c.columns.cpu(), output_energy(c))
+            for c in units.consumers
+        ]
+        starts = [sorted(kept), self._selected(units, len(kept))]
+        return min((exchange(readers, start, self.swap_sweeps) for start in starts), key=lambda found: found[0])[1]
+
+    def _selected(self, units: Units, count: int) -> list[int]:
+        """The units kept by greedy selection: from none on, each time the one that lowers the cost most.
+
+        Taking columns up is the same elimination as removing them, on (W H, H) instead of (W, H⁻¹).
+        """
+        states = []
+        for c in units.consumers:
+            h = self._damped(c.gram)
+            states.append(_Eliminated(c, c.weight.detach().double().cpu() @ h, h))
+            others = torch.ones(len(h), dtype=torch.bool)
+            others[c.columns.flatten()] = False
+            states[-1].eliminate(others.nonzero().squeeze(1))  # columns of no unit always stay
+        alive = torch.arange(len(units.consumers[0].columns))
+        kept: list[int] = []
+        for _ in range(count):
+            unit = int(alive[torch.stack([state.losses(alive) for state in states]).sum(0).argmax()])
+            kept.append(unit)
+            for state in states:
+                state.eliminate(state.columns[unit])
+            alive = alive[alive != unit]
+        return sorted(kept)
+
+    def _damped(self, gram: Tensor) -> Tensor:
         h = gram.double().cpu()
         mean = float(h.diagonal().mean())
         ridge = self.damping * mean if mean > 0 else 1.0  # inputs that are always zero make every removal free
-        inverse: Tensor = torch.linalg.inv(h + ridge * torch.eye(len(h), dtype=h.dtype))
+        return h + ridge * torch.eye(len(h), dtype=h.dtype)
+
+    def _inverse(self, gram: Tensor) -> Tensor:
+        inverse: Tensor = torch.linalg.inv(self._damped(gram))
         return (inverse + inverse.T) / 2
 
 
-class _State:
-    """One consumer while units go: its weight, updated, and H⁻¹ restricted to the columns that are left."""
+def output_energy(consumer: Consumer) -> float:
+    """½ tr(W H Wᵀ), the layer's output energy; 1 where it has none."""
+    weight = consumer.weight.detach().double().cpu()
+    energy = 0.5 * float(((weight @ consumer.gram.double().cpu()) * weight).sum())
+    return energy if energy > 0 else 1.0
 
-    def __init__(self, consumer: Consumer, inverse: Tensor) -> None:
-        self.weight = consumer.weight.detach().double().cpu().clone()
-        self.inverse, self.columns = inverse.clone(), consumer.columns.cpu()
-        gram = consumer.gram.double().cpu()
-        energy = 0.5 * float(((self.weight @ gram) * self.weight).sum())
-        self.energy = energy if energy > 0 else 1.0
+
+class _Eliminated:
+    """One consumer while columns are eliminated: with (W, H⁻¹) they are removed, with (W H, H) they are taken up."""
+
+    def __init__(self, consumer: Consumer, rows: Tensor, matrix: Tensor) -> None:
+        self.rows, self.matrix = rows.clone(), matrix.clone()
+        self.columns, self.energy = consumer.columns.cpu(), output_energy(consumer)
 
     def losses(self, alive: Tensor) -> Tensor:
-        """ρ of each unit that is left, over the layer's output energy."""
+        """½ Σ_rows w_S ([M]_SS)⁻¹ w_Sᵀ of each unit that is left, over the layer's output energy."""
         columns = self.columns[alive]
-        blocks = self.inverse[columns[:, :, None], columns[:, None, :]]  # [units, k, k]
-        w = self.weight[:, columns].permute(1, 2, 0)  # [units, k, out]
+        blocks = self.matrix[columns[:, :, None], columns[:, None, :]]  # [units, k, k]
+        w = self.rows[:, columns].permute(1, 2, 0)  # [units, k, out]
         return 0.5 * (w * torch.linalg.solve(blocks, w)).sum((1, 2)) / self.energy
 
-    def remove(self, unit: int) -> None:
-        """W −= W_S ([H⁻¹]_SS)⁻¹ [H⁻¹]_S: and the same for H⁻¹."""
-        s = self.columns[unit]
-        step = torch.linalg.solve(self.inverse[s][:, s], self.inverse[s])  # [k, d]
-        self.weight -= self.weight[:, s] @ step
-        self.inverse -= self.inverse[:, s] @ step
+    def eliminate(self, s: Tensor) -> None:
+        """W −= W_S ([M]_SS)⁻¹ [M]_S: and the same for M."""
+        step = torch.linalg.solve(self.matrix[s][:, s], self.matrix[s])  # [k, d]
+        self.rows -= self.rows[:, s] @ step
+        self.matrix -= self.matrix[:, s] @ step

@@ -81,7 +81,7 @@ def estimate_bytes(model: nn.Module, layers: Iterable[str], needs: Collection[st
         if isinstance(module, nn.Linear):
             total += 4 * columns * (("input_peak" in needs) + 2 * RowSample.SIZE * ("input_rows" in needs))
         total += 2048 * 8 * (("input" in needs) + ("output" in needs))
-        total += 8 * columns * groups * (("input_mean" in needs) + ("input_sq_mean" in needs))
+        total += 8 * columns * groups * len({"input_mean", "input_sq_mean", "input_abs_mean"} & set(needs))
         if "gram" in needs:
             total += groups * columns * columns * (8 if columns <= GRAM_IN_FLOAT64 else 4)
         if "output_mean" in needs and isinstance(weight, Tensor):
@@ -135,7 +135,7 @@ class _Accumulator:
                 self.peak = peak if self.peak is None else torch.maximum(self.peak, peak)
             if "input_rows" in self.needs:
                 self.rows.add(x.detach().reshape(-1, x.shape[-1]))
-            if self.needs & {"input_mean", "input_sq_mean", "gram"}:
+            if self.needs & {"input_mean", "input_sq_mean", "input_abs_mean", "gram"}:
                 self._add_moments(unfold_input(self.module, x))
         if y is not None and y.is_floating_point():
             if "output" in self.histograms:
@@ -152,6 +152,8 @@ class _Accumulator:
             self._add("input_mean", rows.double().sum(1).flatten())
         if "input_sq_mean" in self.needs:
             self._add("input_sq_mean", rows.double().square().sum(1).flatten())
+        if "input_abs_mean" in self.needs:
+            self._add("input_abs_mean", rows.double().abs().sum(1).flatten())
         if "gram" in self.needs:
             wide = rows.shape[2] > GRAM_IN_FLOAT64
             product = torch.bmm(rows.transpose(1, 2).float(), rows.float())

@@ -1,8 +1,9 @@
-"""Gradients of the loss per example: mean, mean square (Fisher), and the Hessian's diagonal (Hutchinson)."""
+"""Gradients of the loss per example, of weights and of whole units: means, mean squares, the Hessian's diagonal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from gracile.data import Batch, Data, batch_size, slice_batch
 from gracile.errors import ConfigError, DataError
 from gracile.layer_stats import GRADIENT_STATS, LayerStats
 from gracile.modes import eval_mode
+from gracile.patterns import Member
 
 
 def collect_gradients(
@@ -38,6 +40,54 @@ def collect_gradients(
     unknown = set(needs) - GRADIENT_STATS
     if unknown:
         raise ConfigError(f"Unknown gradient statistics: {', '.join(sorted(unknown))}.")
+    with _differentiated(model, parameters, data) as wanted:
+        sums, count = _first_order(model, wanted, needs, data, examples, on_example)
+        if "hessian_diagonal" in needs:
+            with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+                sums["hessian_diagonal"] = _hutchinson(model, wanted, data, examples, probes, generator)
+    fields: dict[str, dict[str, Any]] = {name: {key: s[name] for key, s in sums.items()} for name in wanted}
+    return {name: LayerStats(**values, examples=count) for name, values in fields.items()}
+
+
+def collect_gates(
+    model: nn.Module,
+    gates: Mapping[str, Sequence[Member]],
+    data: Data,
+    *,
+    examples: int = 256,
+    on_example: Callable[[int], None] | None = None,
+) -> dict[str, Tensor]:
+    """E[(Σ_S w · dL/dw)²], S the weights that read a unit, the mean over the first `examples` training examples.
+
+    gates: group -> the axes of parameters that read its units. Returns [units] float64 by group. The inner sum is the
+    derivative of the loss by a factor on all that the unit passes on, at 1; of a weight that is used twice, both uses
+    count. Model and errors as for `collect_gradients`.
+    """
+    total: dict[str, Tensor] = {}
+    count = 0
+    with _differentiated(model, {m.tensor for members in gates.values() for m in members}, data) as wanted:
+        for piece in _pieces(data, examples, 1):
+            gradients = _gradients(_loss(model, data, piece), wanted)
+            for group, members in gates.items():
+                slopes = torch.stack([_slopes(wanted[m.tensor], gradients[m.tensor], m) for m in members]).sum(0)
+                total[group] = total.get(group, 0) + slopes.square()
+            count += 1
+            if on_example is not None:
+                on_example(count)
+    if count == 0:
+        raise DataError("The training data hold no batches.")
+    return {group: value / count for group, value in total.items()}
+
+
+def _slopes(weight: Tensor, gradient: Tensor, member: Member) -> Tensor:
+    """Σ w · g over what belongs to each unit: [units] float64."""
+    products = (weight.detach().double() * gradient.double()).movedim(member.axis, 0).flatten(1).sum(1)
+    return products[member.positions.to(products.device)].sum(1)
+
+
+@contextmanager
+def _differentiated(model: nn.Module, parameters: Collection[str], data: Data) -> Iterator[dict[str, nn.Parameter]]:
+    """The named parameters, which alone require gradients within the context; the model is in eval mode."""
     if data.train is None or data.loss is None:
         raise DataError(
             "A criterion that needs gradients needs labelled data and a loss.\n"
@@ -50,15 +100,10 @@ def collect_gradients(
         p.requires_grad_(any(p is w for w in wanted.values()))
     try:
         with eval_mode(model), torch.enable_grad():
-            sums, count = _first_order(model, wanted, needs, data, examples, on_example)
-            if "hessian_diagonal" in needs:
-                with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
-                    sums["hessian_diagonal"] = _hutchinson(model, wanted, data, examples, probes, generator)
+            yield wanted
     finally:
         for name, p in model.named_parameters():
             p.requires_grad_(flags[name])
-    fields: dict[str, dict[str, Any]] = {name: {key: s[name] for key, s in sums.items()} for name in wanted}
-    return {name: LayerStats(**values, examples=count) for name, values in fields.items()}
 
 
 def _first_order(

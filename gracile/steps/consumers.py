@@ -61,13 +61,13 @@ def collect_consumers(
             gram = gram[0].double()
             if layer in normalised or getattr(module, "bias", None) is not None:
                 gram = gram - 2 * torch.outer(mean, mean)
-            columns = read_columns(member, weight)
+            columns = input_columns(member.positions, weight)
             consumers[group.name].append(Consumer(layer, weight.flatten(1), gram, mean, columns))
     return consumers
 
 
-def read_columns(member: Member, weight: Tensor) -> Tensor:
-    """[units, k · kernel]: the columns of the unfolded weight by which the member reads each unit."""
+def input_columns(positions: Tensor, weight: Tensor) -> Tensor:
+    """[units, k · kernel]: the columns of the unfolded weight that belong to the units' positions along axis 1."""
     kernel = weight[0, 0].numel()
     taps = torch.arange(kernel)
-    return (member.positions.cpu().unsqueeze(-1) * kernel + taps).flatten(1)
+    return (positions.cpu().unsqueeze(-1) * kernel + taps).flatten(1)

@@ -12,6 +12,7 @@ from gracile.context import Context
 from gracile.criteria import Magnitude
 from gracile.errors import ConfigError, DataError
 from gracile.goal import Budget
+from gracile.layer_stats import GATE_STATS, GRADIENT_STATS
 from gracile.patterns import NM, Channels, Heads, Unstructured
 from gracile.recipe import Recorder, Step
 from gracile.report.model import StepRecord
@@ -30,7 +31,7 @@ class Prune(Step):
         weights have a norm below it.
     to: remove units until a budget is met: MACs, Parameters, Bytes or Latency.
         Exactly one of `fraction`, `below` and `to` is given, or none with `NM(keep, of)`, whose amount is its name.
-    criterion: (weight, stats) -> scores, higher is kept.
+    criterion: (weight, stats) -> scores, or one of whole units (`UnitCriterion`); higher is kept.
     pattern: what is removed together.
     allocation: how a total is shared out over layers. None: `GlobalRank()` for units, `Uniform()` for weights.
     repair: how the remaining weights make good a cut of units: solvers.LeastSquares(). Kept only if the output error
@@ -75,10 +76,16 @@ class Prune(Step):
                 f"Prune(to={self.to!r}): single weights do not change MACs or latency.\n"
                 f"  Use pattern=Channels(), or a fraction: Prune(0.5)."
             )
-        if not callable(self.criterion) or not hasattr(self.criterion, "needs") or isinstance(self.criterion, type):
+        of_weights, of_units = callable(self.criterion), hasattr(self.criterion, "unit_scores")
+        if isinstance(self.criterion, type) or not hasattr(self.criterion, "needs") or not (of_weights or of_units):
             raise ConfigError(f"Prune(criterion={self.criterion!r}): not a criterion; try Magnitude() or Taylor().")
         if not isinstance(self.pattern, (Unstructured, NM, Channels, Heads)):
             raise ConfigError(f"Prune(pattern={self.pattern!r}): not a pattern; try Unstructured() or Channels().")
+        if not of_weights and not self.cuts_units:
+            raise ConfigError(
+                f"Prune(criterion={self.criterion!r}): it scores whole units, not single weights.\n"
+                f"  Use it with pattern=Channels() or Heads()."
+            )
         measures = isinstance(self.allocation, MeasuredLoss)
         if measures and (not self.cuts_units or self.below is not None):
             raise ConfigError(
@@ -134,9 +141,7 @@ class Prune(Step):
 
 def needs_gradients(criterion: Any) -> bool:
     """Whether a criterion asks for statistics that only labelled data and a loss can give."""
-    from gracile.layer_stats import GRADIENT_STATS
-
-    return bool(set(criterion.needs) & GRADIENT_STATS)
+    return bool(set(criterion.needs) & (GRADIENT_STATS | GATE_STATS))
 
 
 def _is_function(value: Any) -> bool:

@@ -31,6 +31,7 @@ from gracile.steps.repair import repair_units
 from gracile.steps.scores import score_weights
 from gracile.steps.sequence import choose_in_sequence
 from gracile.steps.tables import measure_tables
+from gracile.steps.units import exchange_units, score_groups
 
 if TYPE_CHECKING:
     from gracile.steps.prune import Prune
@@ -52,15 +53,18 @@ def prune_units(model: nn.Module, step: Prune, context: Context, recorder: Recor
     consumers: dict[str, list[Consumer]] = {}
     if reads_inputs(step):
         consumers = collect_consumers(model, traced, groups, context)
-    scores = score_units(model, groups, consumers, step, context)
+    scores = score_units(model, groups, consumers, step, context, recorder)
+    groups = [group for group in groups if group.name in scores]
     keep = choose_units(model, traced, groups, scores, consumers, step, context, batch)
     if not keep:
         raise NothingChangedError(
             f"Prune: no unit was removed from {len(groups)} groups; each keeps at least one, none scored low enough.\n"
             f"  Raise the amount; `gracile inspect` shows the groups and their sizes."
         )
-    if step.repair is not None and hasattr(step.criterion, "unit_scores"):
+    if step.repair is not None and scores_by_inputs(step.criterion):
         keep = choose_in_sequence(model, traced, groups, keep, step.criterion, step.repair, context)
+    elif step.below is None:
+        keep = exchange_units(keep, consumers, step.criterion)
     reference = copy_model(model)
     checked = list(itertools.islice(context.data.calibration_batches, CHECKED_BATCHES))
     keep, edit = cut_checked(
@@ -80,7 +84,12 @@ def prune_units(model: nn.Module, step: Prune, context: Context, recorder: Recor
 
 def reads_inputs(step: Prune) -> bool:
     """Whether the step looks at the layers that read a group, by its criterion or its allocation."""
-    return hasattr(step.criterion, "unit_scores") or isinstance(step.allocation, MeasuredLoss)
+    return scores_by_inputs(step.criterion) or isinstance(step.allocation, MeasuredLoss)
+
+
+def scores_by_inputs(criterion: Any) -> bool:
+    """Whether the criterion scores a unit by the layers that read it."""
+    return hasattr(criterion, "unit_scores") and "gram" in criterion.needs
 
 
 def select_groups(model: nn.Module, traced: Trace, step: Prune, context: Context, recorder: Recorder) -> list[Group]:
@@ -135,16 +144,21 @@ def _why_none(model: nn.Module) -> str:
 
 
 def score_units(
-    model: nn.Module, groups: list[Group], consumers: Mapping[str, list[Consumer]], step: Prune, context: Context
+    model: nn.Module,
+    groups: list[Group],
+    consumers: Mapping[str, list[Consumer]],
+    step: Prune,
+    context: Context,
+    recorder: Recorder,
 ) -> dict[str, Tensor]:
-    """One score for each unit of each group, higher is kept."""
+    """One score for each unit of each group, higher is kept; a group that the criterion cannot score has none."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     members = {m.tensor for g in groups for m in g.members if m.tensor in parameters}
     weights = sorted(name for name in members if parameters[name].ndim > 1)
     if step.below is not None and isinstance(step.criterion, Magnitude):
         return {g.name: unit_norms(g.members, {n: parameters[n].detach() for n in weights}) for g in groups}
     if hasattr(step.criterion, "unit_scores"):
-        return {g.name: step.criterion.unit_scores(consumers[g.name]) for g in groups}
+        return score_groups(model, groups, consumers, step, context, recorder)
     elementwise = score_weights(model, weights, step.criterion, context, step.examples)
     if step.below is not None:
         return {g.name: reduce_scores(g.members, elementwise) for g in groups}

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from gracile.context import Context
-from gracile.criteria import Consumer
+from gracile.criteria import Consumer, Units
 from gracile.graph import Group, Trace
 from gracile.modes import eval_mode
 from gracile.solvers import LeastSquares, Moments
 from gracile.stats.match import split_batches
 from gracile.stats.refit import Refit, refittable
-from gracile.steps.consumers import read_columns, readers
+from gracile.steps.consumers import input_columns, readers
 from gracile.steps.correct import copy_model
 
 Keep = dict[str, list[int]]
@@ -69,17 +69,21 @@ def choose_in_sequence(
                         _consumer(repair, reader, moments if reader == layer else repair.measure(reader), member)
                         for reader, member in reads[name].items()
                     ]
-                    scores = criterion.unit_scores(consumers)
-                    best = torch.argsort(scores, descending=True, stable=True)[: len(keep[name])]
-                    chosen[name] = sorted(best.tolist())
+                    chosen[name] = _choose(criterion, Units(consumers=tuple(consumers)), len(keep[name]))
             weight: Any = trial.get_submodule(layer).weight
             left = torch.ones(weight[0].numel(), dtype=torch.bool)
             for name in read:
                 gone = sorted(set(range(units[name])) - set(chosen[name]))
-                left[read_columns(reads[name][layer], weight)[gone].flatten()] = False
+                left[input_columns(reads[name][layer].positions, weight)[gone].flatten()] = False
             repair.solve(layer, moments, None if bool(left.all()) else left.nonzero().squeeze(1))
             context.progress("choose units", done + 1, len(layers))
     return chosen
+
+
+def _choose(criterion: Any, units: Units, count: int) -> list[int]:
+    scores = criterion.unit_scores(units)
+    kept: list[int] = sorted(torch.argsort(scores, descending=True, stable=True)[:count].tolist())
+    return criterion.choose(units, kept) if hasattr(criterion, "choose") else kept
 
 
 def _consumer(repair: Refit, layer: str, moments: Moments, member: Any) -> Consumer:
@@ -90,4 +94,4 @@ def _consumer(repair: Refit, layer: str, moments: Moments, member: Any) -> Consu
     if repair.centred(layer):
         gram = gram - torch.outer(moments.mean, moments.mean)
     # Twice, as H is: (2/N) Σ x xᵀ.
-    return Consumer(layer, weight.flatten(1), 2 * gram, moments.mean, read_columns(member, weight))
+    return Consumer(layer, weight.flatten(1), 2 * gram, moments.mean, input_columns(member.positions, weight))

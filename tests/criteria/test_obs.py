@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gracile.criteria import OBS, Consumer
+from gracile.criteria import OBS, Consumer, Units
 from gracile.errors import ConfigError
 from gracile.layer_stats import LayerStats
 
@@ -62,7 +62,7 @@ def test_each_group_of_a_convolution_has_its_own_inputs() -> None:
 
 def test_the_first_unit_to_go_costs_what_brute_force_says() -> None:
     weight, inputs, columns = layer(2)
-    found = OBS(damping=TINY).unit_scores([consumer(weight, gram(inputs), columns)])
+    found = OBS(damping=TINY).unit_scores(Units(consumers=(consumer(weight, gram(inputs), columns),)))
     energy = float((inputs @ weight.T).square().sum() / len(inputs))
     brute = [least_error(weight, inputs, unit) / energy for unit in columns]
     first = int(found.argmin())
@@ -73,7 +73,7 @@ def test_the_first_unit_to_go_costs_what_brute_force_says() -> None:
 def test_costs_of_all_that_went_add_up_to_the_error_without_them() -> None:
     """After t removals with updates, the sum of what each cost is the least-squares error on the columns left."""
     weight, inputs, columns = layer(3)
-    scores = OBS(damping=TINY).unit_scores([consumer(weight, gram(inputs), columns)])
+    scores = OBS(damping=TINY).unit_scores(Units(consumers=(consumer(weight, gram(inputs), columns),)))
     energy = float((inputs @ weight.T).square().sum() / len(inputs))
     order = scores.argsort(stable=True)
     assert bool((scores[order].diff() > 0).all()), "each cost more than the one before, so none was raised to it"
@@ -87,7 +87,7 @@ def test_greedy_is_near_the_best_of_all_subsets(count: int) -> None:
     excess = []
     for seed in range(12):
         weight, inputs, columns = layer(seed, units=7)
-        scores = OBS(damping=TINY).unit_scores([consumer(weight, gram(inputs), columns)])
+        scores = OBS(damping=TINY).unit_scores(Units(consumers=(consumer(weight, gram(inputs), columns),)))
         greedy = least_error(weight, inputs, columns[scores.argsort()[:count]].flatten())
         subsets = itertools.combinations(range(7), count)
         best = min(least_error(weight, inputs, columns[list(s)].flatten()) for s in subsets)
@@ -100,26 +100,44 @@ def test_consumers_count_by_their_own_energy() -> None:
     weight, inputs, columns = layer(4)
     one = consumer(weight, gram(inputs), columns)
     louder = consumer(1000 * weight, gram(inputs), columns)
-    quiet = OBS().unit_scores([one])
-    torch.testing.assert_close(OBS().unit_scores([louder]), quiet, rtol=1e-9, atol=0)
-    torch.testing.assert_close(OBS().unit_scores([one, louder]), 2 * quiet, rtol=1e-9, atol=0)
+    quiet = OBS().unit_scores(Units(consumers=(one,)))
+    torch.testing.assert_close(OBS().unit_scores(Units(consumers=(louder,))), quiet, rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        OBS().unit_scores(
+            Units(
+                consumers=(
+                    one,
+                    louder,
+                )
+            )
+        ),
+        2 * quiet,
+        rtol=1e-9,
+        atol=0,
+    )
 
 
 def test_units_that_nothing_reads_and_dead_inputs_are_free() -> None:
     weight, inputs, columns = layer(5)
     weight[:, columns[2]] = 0
     inputs[:, columns[4]] = 0
-    scores = OBS().unit_scores([consumer(weight, gram(inputs), columns)])
+    scores = OBS().unit_scores(Units(consumers=(consumer(weight, gram(inputs), columns),)))
     assert set(scores.argsort()[:2].tolist()) == {2, 4}
-    silent = OBS().unit_scores([consumer(weight, torch.zeros_like(gram(inputs)), columns)])
+    silent = OBS().unit_scores(Units(consumers=(consumer(weight, torch.zeros_like(gram(inputs)), columns),)))
     assert torch.isfinite(silent).all()
 
 
 def test_nothing_given_is_changed() -> None:
     weight, inputs, columns = layer(6)
     given = consumer(weight.clone(), gram(inputs), columns)
-    OBS().unit_scores([given])
+    OBS().unit_scores(Units(consumers=(given,)))
     assert torch.equal(given.weight, weight) and torch.equal(given.gram, gram(inputs))
+
+
+@pytest.mark.parametrize("sweeps", [-1, 1.5])
+def test_an_impossible_number_of_sweeps_is_refused(sweeps: float) -> None:
+    with pytest.raises(ConfigError, match="swap_sweeps"):
+        OBS(swap_sweeps=sweeps)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("damping", [0, -1, float("inf"), float("nan")])

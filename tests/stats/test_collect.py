@@ -14,7 +14,7 @@ from gracile.layer_stats import LayerStats
 from gracile.stats import collect
 from gracile.stats.collect import RowSample, collect_activations, estimate_bytes, merge_stats, output_rows
 
-EVERYTHING = ("input", "output", "input_mean", "input_sq_mean", "gram", "output_mean")
+EVERYTHING = ("input", "output", "input_mean", "input_sq_mean", "input_abs_mean", "gram", "output_mean")
 #: Products of a batch are float32 (relative rounding 6e-8 for each of up to some hundred terms).
 GRAM = 2e-5
 
@@ -64,6 +64,7 @@ def test_moments_and_gram_of_convolutions_equal_loops_in_numpy(layer: nn.Conv1d 
     expected = np.stack([2 / len(r) * r.T @ r for r in rows])
     np.testing.assert_allclose(stats.input_mean, rows.mean(1).ravel(), atol=1e-12)
     np.testing.assert_allclose(stats.input_sq_mean, (rows**2).mean(1).ravel(), rtol=1e-12)
+    np.testing.assert_allclose(stats.input_abs_mean, np.abs(rows).mean(1).ravel(), rtol=1e-12)
     np.testing.assert_allclose(stats.gram, expected, atol=GRAM)
     assert stats.gram is not None and stats.gram.dtype == torch.float64
     assert stats.examples == rows.shape[1]
@@ -98,7 +99,7 @@ def test_several_batches_of_different_sizes_equal_one() -> None:
     once = collect_activations(net, ["0", "3"], EVERYTHING, Data(calibration=[x]))
     parts = collect_activations(net, ["0", "3"], EVERYTHING, Data(calibration=list(x.split([5, 1, 6]))))
     for name in ("0", "3"):
-        for key in ("input_mean", "input_sq_mean", "output_mean"):
+        for key in ("input_mean", "input_sq_mean", "input_abs_mean", "output_mean"):
             np.testing.assert_allclose(getattr(parts[name], key), getattr(once[name], key), rtol=1e-11, atol=1e-13)
         np.testing.assert_allclose(parts[name].gram, once[name].gram, atol=GRAM)
         assert parts[name].input.counts.sum() == once[name].input.counts.sum()

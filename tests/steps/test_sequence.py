@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import gracile as gc
 from gracile.context import Context
-from gracile.criteria import OBS, Consumer
+from gracile.criteria import OBS, Consumer, Units
 from gracile.data import Data
 from gracile.graph import trace
 from gracile.solvers import LeastSquares
@@ -28,7 +28,9 @@ def chosen(net: nn.Sequential, data: Data, keep: dict[str, list[int]]) -> dict[s
     groups = [g for g in traced.groups if g.frozen is None and g.units > 1]
     names = {m.tensor: g.name for g in groups for m in g.members if m.role == "producer"}
     wanted = {names[f"{layer}.weight"]: kept for layer, kept in keep.items()}
-    found = choose_in_sequence(net, traced, groups, wanted, OBS(), LeastSquares(1e-9), Context(data, net, net))
+    found = choose_in_sequence(
+        net, traced, groups, wanted, OBS(swap_sweeps=0), LeastSquares(1e-9), Context(data, net, net)
+    )
     return {layer: found[names[f"{layer}.weight"]] for layer in keep}
 
 
@@ -46,7 +48,9 @@ def fit(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def best(x: np.ndarray, weight: np.ndarray, count: int) -> list[int]:
     gram = torch.from_numpy(2 * centred(x).T @ centred(x) / len(x))
     columns = torch.arange(x.shape[1]).unsqueeze(1)
-    scores = OBS().unit_scores([Consumer("", torch.from_numpy(weight), gram, torch.zeros(len(gram)), columns)])
+    scores = OBS().unit_scores(
+        Units(consumers=(Consumer("", torch.from_numpy(weight), gram, torch.zeros(len(gram)), columns),))
+    )
     return sorted(torch.argsort(scores, descending=True)[:count].tolist())
 
 
