@@ -24,7 +24,7 @@ from gracile.formats import W4A16, W8A8, W8A16, FixedPoint, Int, Scheme
 from gracile.goal import Bytes, Goal, Latency, MACs, Parameters
 from gracile.losses import HardLabels, SoftLabels
 from gracile.optimize import optimize
-from gracile.patterns import NM, Channels, Heads, Unstructured
+from gracile.patterns import NM, Channels, Heads, Layers, Unstructured
 from gracile.recipe import Recipe, Step, only
 from gracile.report.model import Report
 from gracile.result import Result
@@ -56,6 +56,7 @@ __all__ = [
     "Hessian",
     "Int",
     "Latency",
+    "Layers",
     "MACs",
     "Magnitude",
     "MissingExtraError",

@@ -125,6 +125,26 @@ class Heads:
         return mean_normalised(reduced) if self.normalise else reduced
 
 
+@dataclass(frozen=True)
+class Layers:
+    """Whole residual blocks x + f(x), taken out of the model, so that x goes on as it is.
+
+    Chosen by what leaving them out does to the model's outputs, one after another: each time the block that costs least
+    beside those that are gone already. The cost is the KL divergence of logits [n, classes] from the original's, of
+    other outputs the relative squared error. A criterion of weights plays no part in it.
+
+    examples: calibration examples behind one measurement.
+
+    With a threshold ε, blocks go as long as the outputs' divergence from the original's stays below it.
+    """
+
+    examples: int = 512
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.examples, int) or self.examples < 1:
+            raise ConfigError(f"Layers(examples={self.examples!r}): expected a whole number of at least 1.")
+
+
 def reduce_scores(members: Iterable[Member], scores: Mapping[str, Tensor]) -> Tensor:
     """score[u] = Σ over the group's producers and consumers, Σ over positions of unit u and over all other axes.
 

@@ -39,7 +39,7 @@ def classes() -> dict[str, Callable[..., Any]]:
     """What a recipe may name: steps, and the public settings of every family that they are made of."""
     families = (criteria, equalize, losses, ranges, formats, solvers, targets)
     members = [getattr(family, name) for family in families for name in family.__all__]
-    members += [patterns.Unstructured, patterns.NM, patterns.Channels, patterns.Heads]
+    members += [patterns.Unstructured, patterns.NM, patterns.Channels, patterns.Heads, patterns.Layers]
     members += [allocate.Uniform, allocate.GlobalRank, allocate.MeasuredLoss]
     members += [goal.MACs, goal.Parameters, goal.Bytes, goal.Latency]
     members += [Distill, Finetune, Prune, SGD, AdamW]

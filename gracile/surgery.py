@@ -40,7 +40,17 @@ class Swap:
     config: dict[str, Any] = field(default_factory=dict)
 
 
-Edit = Resize | Swap
+@dataclass(frozen=True)
+class Remove:
+    """Take a module out of the `nn.Sequential` or `nn.ModuleList` that holds it.
+
+    name: "blocks.3". Where the modules there are numbered, those behind it move up: "blocks.4" is "blocks.3" then.
+    """
+
+    name: str
+
+
+Edit = Resize | Swap | Remove
 
 
 def apply(model: nn.Module, edits: Iterable[Edit]) -> None:
@@ -48,6 +58,8 @@ def apply(model: nn.Module, edits: Iterable[Edit]) -> None:
     for edit in edits:
         if isinstance(edit, Resize):
             _resize(model, edit)
+        elif isinstance(edit, Remove):
+            _remove(model, edit)
         else:
             _swap(model, edit)
 
@@ -56,6 +68,8 @@ def edit_to_json(edit: Edit) -> dict[str, Any]:
     """An edit as plain JSON data, read back by `edit_from_json`."""
     if isinstance(edit, Swap):
         return {"edit": "Swap", "name": edit.name, "layer": edit.layer, "config": edit.config}
+    if isinstance(edit, Remove):
+        return {"edit": "Remove", "name": edit.name}
     keep = {key: list(indices) for key, indices in edit.keep.items()}
     attributes = {k: list(v) if isinstance(v, tuple) else v for k, v in edit.attributes.items()}
     return {"edit": "Resize", "keep": keep, "attributes": attributes}
@@ -66,6 +80,8 @@ def edit_from_json(data: dict[str, Any]) -> Edit:
     try:
         if data["edit"] == "Swap":
             return Swap(str(data["name"]), str(data["layer"]), dict(data["config"]))
+        if data["edit"] == "Remove":
+            return Remove(str(data["name"]))
         if data["edit"] == "Resize":
             keep = {str(k): tuple(int(i) for i in v) for k, v in data["keep"].items()}
             attributes = {
@@ -91,6 +107,24 @@ def _swap(model: nn.Module, edit: Swap) -> None:
         for name, child in list(parent._modules.items()):  # named_children() gives a child held twice only once
             if child is old:
                 setattr(parent, name, new)
+
+
+def _remove(model: nn.Module, edit: Remove) -> None:
+    path, _, key = edit.name.rpartition(".")
+    try:
+        parent = model.get_submodule(path)
+    except AttributeError as error:
+        raise ArtifactError(f"Remove: the model ({type(model).__name__}) has no module '{path}'.") from error
+    if not isinstance(parent, (nn.Sequential, nn.ModuleList)) or key not in parent._modules:
+        raise ArtifactError(
+            f"Remove: '{edit.name}' is not in an nn.Sequential or nn.ModuleList of the model ({type(model).__name__})."
+        )
+    numbered = list(parent._modules) == [str(i) for i in range(len(parent))]
+    del parent._modules[key]
+    if numbered:
+        left = list(parent._modules.values())
+        parent._modules.clear()
+        parent._modules.update({str(i): module for i, module in enumerate(left)})
 
 
 def _resize(model: nn.Module, edit: Resize) -> None:

@@ -21,6 +21,8 @@ STEPS = [
     gc.Prune(to=gc.Latency(0.5, target=gc.PyTorch(threads=1)), pattern=gc.Channels()),
     gc.Prune(pattern=gc.NM(2, 4), criterion=gc.criteria.Random(seed=3)),
     gc.Prune(0.5, allocation=gc.allocate.Uniform()),
+    gc.Prune(0.2, pattern=gc.Layers(examples=64), exclude=("blocks.0",)),
+    gc.Prune(to=gc.MACs(0.5), pattern=gc.Layers(), repair=gc.solvers.LeastSquares()),
     gc.Prune(0.5, pattern=gc.Channels(), criterion=gc.criteria.BatchNormScale()),
     gc.Prune(0.5, pattern=gc.Channels(), criterion=gc.criteria.Activation(power=2)),
     gc.Prune(0.5, pattern=gc.Channels(), criterion=gc.criteria.FPGM()),

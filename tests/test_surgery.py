@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gracile.errors import ArtifactError
 from gracile.formats import Int, PerChannel, format_to_config
-from gracile.surgery import Resize, Swap, apply, edit_from_json, edit_to_json
+from gracile.surgery import Remove, Resize, Swap, apply, edit_from_json, edit_to_json
 
 INT8 = {"weight": format_to_config(Int(8, PerChannel(0))), "input": None, "output": None}
 
@@ -234,3 +234,34 @@ def test_edits_that_do_not_fit_the_model_are_refused(edit: Any, message: str) ->
         apply(net, [edit])
     assert len(str(caught.value).splitlines()) <= 3
     assert net.flag is True and net.training is True and net.config.name == "x"
+
+
+class Chains(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbered = nn.ModuleList(nn.Linear(2, n) for n in (1, 2, 3, 4))
+        self.named = nn.Sequential()
+        for name in ("a", "b", "c"):
+            self.named.add_module(name, nn.Linear(2, 2))
+        self.alone = nn.Linear(2, 2)
+
+
+def test_a_module_is_removed_and_those_behind_it_move_up_where_they_are_numbered() -> None:
+    net = Chains()
+    left = [net.numbered[i] for i in (0, 3)]
+    edits = [Remove("numbered.2"), Remove("numbered.1"), Remove("named.b")]
+    apply(net, [edit_from_json(json.loads(json.dumps(edit_to_json(edit)))) for edit in edits])
+    assert [m is n for m, n in zip(net.numbered, left, strict=True)] == [True, True]
+    assert net.numbered[1].out_features == 4 and len(net.numbered) == 2
+    assert [name for name, _ in net.named.named_children()] == ["a", "c"]
+    assert {name.rpartition(".")[0] for name in net.state_dict()} == {
+        *("numbered.0", "numbered.1", "named.a", "named.c", "alone")
+    }
+
+
+@pytest.mark.parametrize("name", ["numbered.9", "alone", "missing.0", "", "named.d"])
+def test_what_is_in_no_list_or_sequence_is_not_removed(name: str) -> None:
+    net = Chains()
+    with pytest.raises(ArtifactError, match="Remove"):
+        apply(net, [Remove(name)])
+    assert len(net.numbered) == 4 and len(net.named) == 3

@@ -130,10 +130,15 @@ def parse_limit(text: str) -> Budget:
 
 
 def make_pattern(name: str) -> Any:
-    """The pattern with a name: weights, channels, heads, or keep:of such as 2:4."""
-    from gracile.patterns import NM, Channels, Heads, Unstructured
+    """The pattern with a name: weights, channels, heads, layers, or keep:of such as 2:4."""
+    from gracile.patterns import NM, Channels, Heads, Layers, Unstructured
 
-    known: dict[str, Callable[[], Any]] = {"weights": Unstructured, "channels": Channels, "heads": Heads}
+    known: dict[str, Callable[[], Any]] = {
+        "weights": Unstructured,
+        "channels": Channels,
+        "heads": Heads,
+        "layers": Layers,
+    }
     if name in known:
         return known[name]()
     match = re.fullmatch(r"(\d+):(\d+)", name)

@@ -7,8 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from gracile.criteria.base import Units
-from gracile.errors import ConfigError
+from gracile.criteria.base import CannotScoreError, Units
 
 
 @dataclass(frozen=True)
@@ -17,7 +16,8 @@ class GateFisher:
 
     m_u = 1 is a gate on unit u, S are all weights that read it, and E[(dL/dm)²] is the diagonal of the gates' empirical
     Fisher matrix. The sum over the unit is taken before the square, so that weights which act together count together;
-    `Taylor` and `Hessian` square first, as if they were independent.
+    `Taylor` and `Hessian` square first, as if they were independent. Raises CannotScoreError where no weight reads
+    them.
     Source: Kwon et al. 2022, arXiv:2204.09656; Molchanov et al. 2019, arXiv:1906.10771, for gates on channels.
     """
 
@@ -26,8 +26,7 @@ class GateFisher:
 
     def unit_scores(self, units: Units) -> Tensor:
         if units.gate_gradient_sq is None:
-            raise ConfigError(
-                "GateFisher: the statistic 'gate_gradient_sq' was not collected.\n"
-                "  It needs labelled data and a loss: Data(train=..., loss=gracile.losses.cross_entropy)."
+            raise CannotScoreError(
+                "GateFisher: the statistic 'gate_gradient_sq' was not collected, or no weight reads it"
             )
         return 0.5 * units.gate_gradient_sq.double()

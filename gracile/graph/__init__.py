@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from gracile.graph.blocks import Block, find_blocks
 from gracile.graph.check import CutCheck, check_cut
 from gracile.graph.groups import Group, Member
 from gracile.graph.plan import cut_macs, plan_resize
 from gracile.graph.trace import LayerInfo, Trace, trace
 
-__all__ = ["CutCheck", "Group", "LayerInfo", "Member", "Trace", "check_cut", "cut_macs", "plan_resize", "trace"]
+__all__ = [
+    "Block",
+    "CutCheck",
+    "Group",
+    "LayerInfo",
+    "Member",
+    "Trace",
+    "check_cut",
+    "cut_macs",
+    "find_blocks",
+    "plan_resize",
+    "trace",
+]

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from gracile.errors import ArtifactError
 from gracile.nn.grid import begin_training, end_training
 from gracile.nn.quantized import QuantizedConv, QuantizedEmbedding, QuantizedLayer, QuantizedLinear, quantized_kind
+from gracile.nn.skip import Skip
 
 __all__ = [
     "QuantizedConv",
     "QuantizedEmbedding",
     "QuantizedLayer",
     "QuantizedLinear",
+    "Skip",
     "begin_training",
     "build_layer",
     "end_training",
@@ -33,10 +35,13 @@ def build_layer(layer: str, config: dict[str, Any], old: nn.Module) -> nn.Module
     """The layer named, with its configuration, taking shapes, bias and device from the layer it replaces.
 
     layer: "QuantizedLinear", "QuantizedConv", "QuantizedEmbedding" (their values still to be set or loaded), or
-        "Identity" for a batch norm folded away. Anything else raises ArtifactError.
+        "Identity" for a batch norm folded away, "Skip" for a residual block left out. Anything else raises
+        ArtifactError.
     """
     if layer == "Identity":
         return nn.Identity()
+    if layer == "Skip":
+        return Skip(**{key: None if value is None else int(value) for key, value in config.items() if key == "outputs"})
     if layer not in _LAYERS:
         raise ArtifactError(f"'{layer}' is not a layer of this version of Gracile.\n  A newer one may have it.")
     try:

@@ -15,7 +15,7 @@ from gracile.errors import ConfigError
 from gracile.evaluate.latency import measure_latency
 from gracile.evaluate.size import state_bytes
 from gracile.goal import Budget, Bytes, Latency, MACs, Parameters
-from gracile.graph import Trace, cut_macs, plan_resize
+from gracile.graph import Trace, cut_macs, plan_resize, trace
 from gracile.surgery import apply
 
 Keep = dict[str, list[int]]
@@ -63,31 +63,26 @@ def _cost(
 ) -> Callable[[Mapping[str, Sequence[int]]], float]:
     if isinstance(budget, MACs):
         return lambda keep: float(cut_macs(traced, keep))
-    if isinstance(budget, (Parameters, Bytes)):
+    return lambda keep: cost_of(budget, _cut(model, traced, keep), context, batch)
 
-        def stored(keep: Mapping[str, Sequence[int]]) -> float:
-            trial = _cut(model, traced, keep)
-            if isinstance(budget, Bytes):
-                return float(state_bytes(trial))
-            return float(sum(p.numel() for p in trial.parameters()))
 
-        return stored
+def cost_of(budget: Budget, model: nn.Module, context: Context, batch: Batch) -> float:
+    """What the model costs, in the budget's unit: MACs of an example, parameters, bytes, or milliseconds of a batch."""
+    if isinstance(budget, MACs):
+        return float(trace(model, lambda net: context.data.forward(net, batch)).macs)
+    if isinstance(budget, Bytes):
+        return float(state_bytes(model))
+    if isinstance(budget, Parameters):
+        return float(sum(p.numel() for p in model.parameters()))
     assert isinstance(budget, Latency)
-    target = budget.target or context.target
+    target, feed = budget.target or context.target, context.data.feed
     if target is None:
         raise ConfigError(f"Prune(to={budget}): no target to measure on.\n  Pass Latency(0.5, target=OnnxRuntime()).")
-
-    feed = context.data.feed
-
-    def latency(keep: Mapping[str, Sequence[int]]) -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            path = target.export(_cut(model, traced, keep), batch, Path(folder) / "model", feed=feed)
-            runner = target.load(path)
-            fed = feed(batch) if feed is not None else batch
-            measured = measure_latency({"candidate": lambda: runner(fed)}, seconds=1.0)
-        return measured["candidate"].p50_ms
-
-    return latency
+    with tempfile.TemporaryDirectory() as folder:
+        runner = target.load(target.export(model, batch, Path(folder) / "model", feed=feed))
+        fed = feed(batch) if feed is not None else batch
+        measured = measure_latency({"candidate": lambda: runner(fed)}, seconds=1.0)
+    return measured["candidate"].p50_ms
 
 
 def _cut(model: nn.Module, traced: Trace, keep: Mapping[str, Sequence[int]]) -> nn.Module:

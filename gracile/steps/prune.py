@@ -13,20 +13,22 @@ from gracile.criteria import Magnitude
 from gracile.errors import ConfigError, DataError
 from gracile.goal import Budget
 from gracile.layer_stats import GATE_STATS, GRADIENT_STATS
-from gracile.patterns import NM, Channels, Heads, Unstructured
+from gracile.patterns import NM, Channels, Heads, Layers, Unstructured
 from gracile.recipe import Recorder, Step
 from gracile.report.model import StepRecord
 from gracile.select import check_exclude
 from gracile.solvers import LeastSquares
+from gracile.steps.prune_layers import prune_layers
 from gracile.steps.prune_units import prune_units
 from gracile.steps.prune_weights import prune_weights
 
 
 @dataclass(frozen=True)
 class Prune(Step):
-    """Remove the weights (or channels, neurons, heads) that a criterion scores lowest.
+    """Remove the weights (or channels, neurons, heads) that a criterion scores lowest, or blocks that do least.
 
-    fraction: share to remove, in (0, 1): of the weights for `Unstructured`, of the units for `Channels` and `Heads`.
+    fraction: share to remove, in (0, 1): of the weights for `Unstructured`, of the units for `Channels` and `Heads`, of
+        the residual blocks for `Layers`.
     below: remove what scores less than this; with `Magnitude`, weights with |w| < below, or units whose producing
         weights have a norm below it.
     to: remove units until a budget is met: MACs, Parameters, Bytes or Latency.
@@ -71,7 +73,7 @@ class Prune(Step):
             raise ConfigError(f"Prune(below={self.below!r}): expected a positive number.")
         if self.to is not None and not isinstance(self.to, Budget):
             raise ConfigError(f"Prune(to={self.to!r}): expected a budget, for example MACs(0.5).")
-        if self.to is not None and not isinstance(self.pattern, (Channels, Heads)):
+        if self.to is not None and not self.cuts_units:
             raise ConfigError(
                 f"Prune(to={self.to!r}): single weights do not change MACs or latency.\n"
                 f"  Use pattern=Channels(), or a fraction: Prune(0.5)."
@@ -79,12 +81,17 @@ class Prune(Step):
         of_weights, of_units = callable(self.criterion), hasattr(self.criterion, "unit_scores")
         if isinstance(self.criterion, type) or not hasattr(self.criterion, "needs") or not (of_weights or of_units):
             raise ConfigError(f"Prune(criterion={self.criterion!r}): not a criterion; try Magnitude() or Taylor().")
-        if not isinstance(self.pattern, (Unstructured, NM, Channels, Heads)):
+        if not isinstance(self.pattern, (Unstructured, NM, Channels, Heads, Layers)):
             raise ConfigError(f"Prune(pattern={self.pattern!r}): not a pattern; try Unstructured() or Channels().")
         if not of_weights and not self.cuts_units:
             raise ConfigError(
                 f"Prune(criterion={self.criterion!r}): it scores whole units, not single weights.\n"
                 f"  Use it with pattern=Channels() or Heads()."
+            )
+        if isinstance(self.pattern, Layers) and (self.criterion != Magnitude() or self.allocation is not None):
+            raise ConfigError(
+                "Prune(pattern=Layers()): blocks are chosen by what leaving them out does to the outputs.\n"
+                "  Give no criterion and no allocation."
             )
         measures = isinstance(self.allocation, MeasuredLoss)
         if measures and (not self.cuts_units or self.below is not None):
@@ -104,11 +111,11 @@ class Prune(Step):
     @property
     def cuts_units(self) -> bool:
         """Whether this changes shapes, rather than setting weights to zero."""
-        return isinstance(self.pattern, (Channels, Heads))
+        return isinstance(self.pattern, (Channels, Heads, Layers))
 
     @property
     def title(self) -> str:
-        what = {Channels: "channels", Heads: "heads"}.get(type(self.pattern), "weights")
+        what = {Channels: "channels", Heads: "heads", Layers: "layers"}.get(type(self.pattern), "weights")
         amount = (
             f"{self.fraction:.0%} of the {what}"
             if self.fraction is not None
@@ -118,12 +125,13 @@ class Prune(Step):
             if self.to is not None
             else f"{what} to {self.pattern}"
         )
-        return f"Prune {amount} by {type(self.criterion).__name__}"
+        by = "measured divergence" if isinstance(self.pattern, Layers) else type(self.criterion).__name__
+        return f"Prune {amount} by {by}"
 
     def check(self, model: nn.Module, context: Context) -> None:
         if self.cuts_units and not context.data.has_calibration:
             raise DataError(
-                f"Prune: {type(self.pattern).__name__}() runs the model once to see which units are tied, and has no "
+                f"Prune: {type(self.pattern).__name__}() runs the model once to see what can be cut, and has no "
                 f"data.\n  Pass Data(calibration=batches); labels are not needed."
             )
         if needs_gradients(self.criterion) and (context.data.train is None or context.data.loss is None):
@@ -135,7 +143,12 @@ class Prune(Step):
     def __call__(self, model: nn.Module, context: Context) -> StepRecord:
         self.check(model, context)
         recorder = Recorder(self)
-        (prune_units if self.cuts_units else prune_weights)(model, self, context, recorder)
+        if isinstance(self.pattern, Layers):
+            prune_layers(model, self, context, recorder)
+        elif self.cuts_units:
+            prune_units(model, self, context, recorder)
+        else:
+            prune_weights(model, self, context, recorder)
         return recorder.record()
 
 

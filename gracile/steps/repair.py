@@ -31,10 +31,12 @@ def repair_units(
     step: Prune,
     context: Context,
     recorder: Recorder,
+    first: str | None = None,
 ) -> None:
     """Refit (if the step has a repair) and correct (if it says so) the cut model towards the one before the cut.
 
     The refit is kept if the output error on held-out calibration batches is lower with it than without.
+    first: the layer from which on to refit; None: the first that lost inputs.
     """
     kept = kept_outputs(edit)
     if step.repair is None:
@@ -43,7 +45,7 @@ def repair_units(
         return
     plain, plain_recorder = copy_model(model), Recorder(step)
     without = _settle(plain, reference, step, context, plain_recorder, kept)
-    layers = _refit(model, reference, traced, edit, step.repair, context)
+    layers = _refit(model, reference, traced, edit, step.repair, context, first)
     refitted_recorder = Recorder(step)
     error = _settle(model, reference, step, context, refitted_recorder, kept)
     accepted = error < without
@@ -79,14 +81,20 @@ def _settle(
 
 
 def _refit(
-    model: nn.Module, reference: nn.Module, traced: Trace, edit: Resize, solver: LeastSquares, context: Context
+    model: nn.Module,
+    reference: nn.Module,
+    traced: Trace,
+    edit: Resize,
+    solver: LeastSquares,
+    context: Context,
+    first: str | None,
 ) -> list[str]:
-    """Refit every layer that can be, from the first that lost inputs on; returns their names."""
+    """Refit every layer that can be, from `first` or the first that lost inputs on; returns their names."""
     order = [layer.name for layer in traced.layers if layer.calls == 1]
-    lost_inputs = [name for name in order if f"{name}.weight:1" in edit.keep]
-    if not lost_inputs:
+    starts = [name for name in order if name == first or (first is None and f"{name}.weight:1" in edit.keep)]
+    if not starts:
         return []
-    later = order[order.index(lost_inputs[0]) :]
+    later = order[order.index(starts[0]) :]
     layers = [n for n in later if refittable(model.get_submodule(n)) and refittable(reference.get_submodule(n))]
     rows = {n: torch.tensor(edit.keep[f"{n}.weight:0"]) for n in layers if f"{n}.weight:0" in edit.keep}
     repair = Refit(
