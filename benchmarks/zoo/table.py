@@ -22,7 +22,8 @@ def main() -> None:
     print("# Results of the zoo\n")
     print("25 % of the channels, defaults, one call, float64 proof. Made by `benchmarks.zoo.table`.\n")
     heads = ("collection", "models", "crashed or out of time", "pruned ≥ 10 % and proven", "of models")
-    peers = ("Torch-Pruning: models run", "pruned ≥ 10 %, same outputs' shapes")
+    peers = ("Torch-Pruning: models run", "runs, pruned ≥ 10 %", "of these, outputs of the same shape")
+    print(_runs(built))
     print("| " + " | ".join(heads + peers) + " |")
     print("|---" * len(heads + peers) + "|")
     for collection in [*dict.fromkeys(row["collection"] for row in built), "all"]:
@@ -47,12 +48,22 @@ def passes(row: Row) -> bool:
     return row["outcome"] == "pruned" and row["removed"] >= ENOUGH and bool(row["proof"]) and row["finite"]
 
 
+def _runs(rows: list[Row]) -> str:
+    """How many rows come from which run, where more than one made the results."""
+    runs = Counter(row["run"] for row in rows if "run" in row)
+    if len(runs) < 2:
+        return ""
+    told = ", ".join(f"{n} from the {run} run" for run, n in runs.most_common())
+    return f"Rows of runs with different states of the package: {told}. `results.jsonl` says which.\n"
+
+
 def _totals(collection: str, rows: list[Row]) -> str:
     good = sum(map(passes, rows))
     crashed = sum(row["outcome"] in ("crashed", "timed out") for row in rows)
     peers = [row["torch_pruning"] for row in rows if "torch_pruning" in row]
-    peer = sum(p["outcome"] == "pruned" and p["removed"] >= ENOUGH for p in peers)
-    return f"| {collection} | {len(rows)} | {crashed} | {good} | {good / len(rows):.1%} | {len(peers)} | {peer} |"
+    cut = [p for p in peers if p.get("removed", 0.0) >= ENOUGH]
+    same = sum(p["outcome"] == "pruned" for p in cut)
+    return f"| {collection} | {len(rows)} | {crashed} | {good} | {good / len(rows):.1%} | {len(peers)} | {len(cut)} | {same} |"
 
 
 def _why(row: Row) -> str:

@@ -199,7 +199,18 @@ def view_as_real(call: Call) -> None:
     call.set(call.output, dims, [*value.sources, NOWHERE], value.is_weight)
 
 
+def as_strided(call: Call) -> None:
+    """The same elements where only strides of dimensions of size one differ, as a mean over positions leaves them."""
+    tensor, output = call["self"], call.output
+    wide = [d for d, n in enumerate(tensor.shape) if n > 1]
+    same = tensor.shape == output.shape and all(tensor.stride(d) == output.stride(d) for d in wide)
+    if not same or tensor.storage_offset() != output.storage_offset():
+        raise Unfollowed("it is read with strides of its own")
+    _reorder(call, call.value(tensor), range(tensor.ndim))
+
+
 RULES: dict[str, Rule] = {
+    "as_strided": as_strided,
     "view_as_complex": view_as_complex,
     "view_as_real": view_as_real,
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy", "_reshape_copy"), view),

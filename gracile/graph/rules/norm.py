@@ -6,17 +6,22 @@ from torch import Tensor
 
 from gracile.graph.algebra import split_expr, unify
 from gracile.graph.axes import COUNTS_GROUPS, Expr, freeze, fresh, mark_inexact
-from gracile.graph.recorder import Call, Rule, Unfollowed
+from gracile.graph.recorder import Call, Rule, Unfollowed, Value
+
+STANDARDISED = "a weight is standardised over it"
 
 
 def batch_norm(call: Call) -> None:
-    """Each channel by its own statistics."""
+    """Each channel by its own statistics; of a standardised weight, the other dimensions are what it is taken over."""
     x = call["input"]
     dims = list(call.dims(x))
     for name in ("weight", "bias", "running_mean", "running_var"):
         if isinstance(tensor := call.get(name), Tensor):
             unify(dims[1], call.dims(tensor)[0])
-    _with_statistics(call, dims)
+    if call.value(x).is_weight:
+        for dim in (dims[0], *dims[2:]):
+            mark_inexact(dim, STANDARDISED)
+    _with_statistics(call, dims, call.value(x))
 
 
 def layer_norm(call: Call) -> None:
@@ -49,10 +54,16 @@ def group_norm(call: Call) -> None:
     _with_statistics(call, dims)
 
 
-def _with_statistics(call: Call, dims: list[Expr]) -> None:
-    """The first output is shaped as the input; the rest are statistics that only a backward pass reads."""
+def _with_statistics(call: Call, dims: list[Expr], like: Value | None = None) -> None:
+    """The first output is shaped as the input; the rest are statistics that only a backward pass reads.
+
+    like: what is known of the input, where the output still is a weight if that was one.
+    """
     first, *rest = call.outputs
-    call.set(first, dims)
+    if like is None:
+        call.set(first, dims)
+    else:
+        call.set(first, dims, like.sources, like.is_weight)
     for output in rest:
         call.set(output, [fresh(n, "it is a statistic of a normalization") for n in output.shape])
 
