@@ -29,6 +29,7 @@ STEPS = [
     gc.Prune(0.5, pattern=gc.Heads(), criterion=gc.criteria.GateFisher(), examples=64),
     gc.Prune(0.5, pattern=gc.Channels(), criterion=gc.criteria.OBS(damping=0.1, swap_sweeps=0), allocation=gc.allocate.MeasuredLoss(power=1.0, levels=4)),  # noqa: E501
     gc.Prune(0.5, pattern=gc.Channels(), repair=gc.solvers.LeastSquares()),
+    gc.Prune(to=gc.MACs(0.5), pattern=(gc.Channels(multiple_of=4), gc.Heads()), criterion=gc.criteria.OBS(rounds=9)),
     gc.Prune(0.5, allocation=gc.allocate.GlobalRank(max_fraction=0.9, per_cost=True)),
     gc.Quantize(gc.W8A8),
     gc.Quantize(gc.W8A16, ranges=gc.ranges.MinMax()),

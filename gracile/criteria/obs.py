@@ -28,12 +28,15 @@ class OBS:
     units stay, `choose` improves the set by swap search.
 
     damping: added to the diagonal of H, as a fraction of its mean.
+    rounds: units go in at most about so many rounds, the cheapest together where there are more; the weights are
+        updated between rounds. Widths of more units than this are not searched by swaps either, for the time it takes.
     swap_sweeps: passes of the swap search over the removed units, each exchanged for a kept one where that lowers their
         joint cost; ends early where none does. 0: the units that went first stay removed.
     """
 
     damping: float = 0.01
     swap_sweeps: int = 4
+    rounds: int = 128
     comparable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -41,6 +44,8 @@ class OBS:
             raise ConfigError(f"OBS(damping={self.damping!r}): expected a positive number.")
         if not isinstance(self.swap_sweeps, int) or self.swap_sweeps < 0:
             raise ConfigError(f"OBS(swap_sweeps={self.swap_sweeps!r}): expected a whole number of at least 0.")
+        if not isinstance(self.rounds, int) or self.rounds < 1:
+            raise ConfigError(f"OBS(rounds={self.rounds!r}): expected a whole number of at least 1.")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -62,7 +67,10 @@ class OBS:
         return scores.reshape(weight.shape).float().to(weight.device)
 
     def unit_scores(self, units: Units) -> Tensor:
-        """[units] float64: what each unit cost when its turn came, raised above the one before where it cost less."""
+        """[units] float64: what each unit cost when its turn came, raised above the one before where it cost less.
+
+        Of units that go in one round, each costs what it would have cost alone.
+        """
         if not units.consumers:
             raise CannotScoreError("OBS: not all that reads it are linear or ungrouped convolution layers")
         states = [_Eliminated(c, c.weight.detach().double().cpu(), self._inverse(c.gram)) for c in units.consumers]
@@ -70,15 +78,18 @@ class OBS:
         scores = torch.empty(count, dtype=torch.float64)
         alive = torch.arange(count)
         last = 0.0
+        together = math.ceil(count / self.rounds)
         while len(alive):
             losses = torch.stack([state.losses(alive) for state in states]).sum(0)
-            lowest = int(losses.argmin())
-            unit = int(alive[lowest])
-            last = max(float(losses[lowest]), math.nextafter(last, math.inf))
-            scores[unit] = last
+            order = losses.argsort(stable=True)[:together]
+            for loss, unit in zip(losses[order].tolist(), alive[order].tolist(), strict=True):
+                last = max(loss, math.nextafter(last, math.inf))
+                scores[unit] = last
             for state in states:
-                state.eliminate(state.columns[unit])
-            alive = alive[alive != unit]
+                state.eliminate(state.columns[alive[order]].flatten())
+            left = torch.ones(len(alive), dtype=torch.bool)
+            left[order] = False
+            alive = alive[left]
         return scores
 
     def choose(self, units: Units, kept: Sequence[int]) -> list[int]:
@@ -86,7 +97,7 @@ class OBS:
 
         Swap search from the units given and from those that greedy selection takes up one by one; the cheaper outcome.
         """
-        if not self.swap_sweeps:
+        if not self.swap_sweeps or len(units.consumers[0].columns) > self.rounds:
             return sorted(kept)
         readers = [
             Reader(self._damped(c.gram), c.weight.detach().double().cpu(), c.columns.cpu(), output_energy(c))

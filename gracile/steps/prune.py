@@ -34,7 +34,7 @@ class Prune(Step):
     to: remove units until a budget is met: MACs, Parameters, Bytes or Latency.
         Exactly one of `fraction`, `below` and `to` is given, or none with `NM(keep, of)`, whose amount is its name.
     criterion: (weight, stats) -> scores, or one of whole units (`UnitCriterion`); higher is kept.
-    pattern: what is removed together.
+    pattern: what is removed together. A tuple of `Channels` and `Heads`: units of each kind, to one amount.
     allocation: how a total is shared out over layers. None: `GlobalRank()` for units, `Uniform()` for weights.
     repair: how the remaining weights make good a cut of units: solvers.LeastSquares(). Kept only if the output error
         on held-out calibration batches falls. Single weights are not repaired.
@@ -81,8 +81,12 @@ class Prune(Step):
         of_weights, of_units = callable(self.criterion), hasattr(self.criterion, "unit_scores")
         if isinstance(self.criterion, type) or not hasattr(self.criterion, "needs") or not (of_weights or of_units):
             raise ConfigError(f"Prune(criterion={self.criterion!r}): not a criterion; try Magnitude() or Taylor().")
-        if not isinstance(self.pattern, (Unstructured, NM, Channels, Heads, Layers)):
-            raise ConfigError(f"Prune(pattern={self.pattern!r}): not a pattern; try Unstructured() or Channels().")
+        known = (Channels, Heads) if isinstance(self.pattern, tuple) else (Unstructured, NM, Channels, Heads, Layers)
+        if not self.patterns or not all(isinstance(pattern, known) for pattern in self.patterns):
+            raise ConfigError(
+                f"Prune(pattern={self.pattern!r}): not a pattern; try Unstructured() or Channels().\n"
+                f"  Several at once are (Channels(), Heads()); single weights and layers are steps of their own."
+            )
         if not of_weights and not self.cuts_units:
             raise ConfigError(
                 f"Prune(criterion={self.criterion!r}): it scores whole units, not single weights.\n"
@@ -111,11 +115,26 @@ class Prune(Step):
     @property
     def cuts_units(self) -> bool:
         """Whether this changes shapes, rather than setting weights to zero."""
-        return isinstance(self.pattern, (Channels, Heads, Layers))
+        return all(isinstance(pattern, (Channels, Heads, Layers)) for pattern in self.patterns)
+
+    @property
+    def patterns(self) -> tuple[Any, ...]:
+        """The pattern, or each of several."""
+        return self.pattern if isinstance(self.pattern, tuple) else (self.pattern,)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of groups whose units go."""
+        return tuple(dict.fromkeys(kind for pattern in self.patterns for kind in pattern.kinds))
+
+    def pattern_of(self, kind: str) -> Any:
+        """The first pattern whose units are of this kind."""
+        return next(pattern for pattern in self.patterns if kind in pattern.kinds)
 
     @property
     def title(self) -> str:
-        what = {Channels: "channels", Heads: "heads", Layers: "layers"}.get(type(self.pattern), "weights")
+        names = {Channels: "channels", Heads: "heads", Layers: "layers"}
+        what = " and ".join(names.get(type(pattern), "weights") for pattern in self.patterns)
         amount = (
             f"{self.fraction:.0%} of the {what}"
             if self.fraction is not None
@@ -131,7 +150,7 @@ class Prune(Step):
     def check(self, model: nn.Module, context: Context) -> None:
         if self.cuts_units and not context.data.has_calibration:
             raise DataError(
-                f"Prune: {type(self.pattern).__name__}() runs the model once to see what can be cut, and has no "
+                f"Prune: {_names(self.patterns)} runs the model once to see what can be cut, and has no "
                 f"data.\n  Pass Data(calibration=batches); labels are not needed."
             )
         if needs_gradients(self.criterion) and (context.data.train is None or context.data.loss is None):
@@ -155,6 +174,10 @@ class Prune(Step):
 def needs_gradients(criterion: Any) -> bool:
     """Whether a criterion asks for statistics that only labelled data and a loss can give."""
     return bool(set(criterion.needs) & (GRADIENT_STATS | GATE_STATS))
+
+
+def _names(patterns: tuple[Any, ...]) -> str:
+    return " and ".join(f"{type(pattern).__name__}()" for pattern in patterns)
 
 
 def _is_function(value: Any) -> bool:

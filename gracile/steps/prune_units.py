@@ -102,7 +102,7 @@ def select_groups(model: nn.Module, traced: Trace, step: Prune, context: Context
     Select(exclude=step.exclude).check([layer.name for layer in traced.layers])
     chosen = []
     for group in traced.groups:
-        if group.kind not in step.pattern.kinds:
+        if group.kind not in step.kinds:
             continue
         producers = _layers(group, "producer") or [group.name]
         makers = _makers(group, traced) or producers
@@ -123,7 +123,7 @@ def select_groups(model: nn.Module, traced: Trace, step: Prune, context: Context
     if not chosen:
         reasons = [f"{row.name}: {row.reason}" for row in recorder.layers[:5]]
         raise ConfigError(
-            f"Prune: nothing that {type(step.pattern).__name__}() can cut.\n  "
+            f"Prune: nothing that {' or '.join(f'{type(p).__name__}()' for p in step.patterns)} can cut.\n  "
             + ("\n  ".join([*reasons, *_other_kinds(traced, step)]) or _why_none(model))
         )
     return chosen
@@ -131,10 +131,8 @@ def select_groups(model: nn.Module, traced: Trace, step: Prune, context: Context
 
 def _other_kinds(traced: Trace, step: Prune) -> list[str]:
     """Units that could be cut, but are no units of this pattern."""
-    others = [g for g in traced.groups if g.frozen is None and g.kind not in step.pattern.kinds]
-    return [
-        f"{g.name}: its units are {g.kind.replace('_', ' ')}, not {'/'.join(step.pattern.kinds)}" for g in others[:3]
-    ]
+    others = [g for g in traced.groups if g.frozen is None and g.kind not in step.kinds]
+    return [f"{g.name}: its units are {g.kind.replace('_', ' ')}, not {'/'.join(step.kinds)}" for g in others[:3]]
 
 
 def _why_none(model: nn.Module) -> str:
@@ -162,7 +160,7 @@ def score_units(
     elementwise = score_weights(model, weights, step.criterion, context, step.examples)
     if step.below is not None:
         return {g.name: reduce_scores(g.members, elementwise) for g in groups}
-    return {g.name: step.pattern.unit_scores(g.members, elementwise) for g in groups}
+    return {g.name: step.pattern_of(g.kind).unit_scores(g.members, elementwise) for g in groups}
 
 
 def choose_units(
@@ -207,7 +205,6 @@ def choose_units(
 
 def keep_highest(groups: list[Group], scores: Mapping[str, Tensor], removed: Mapping[str, int], step: Prune) -> Keep:
     """The highest-scored units of each group, as many as `removed` leaves; equal counts for groups that must agree."""
-    multiple = getattr(step.pattern, "multiple_of", 1)
     counts: dict[str, int] = {}
     tied: dict[str, list[Group]] = {}
     for group in groups:
@@ -215,6 +212,7 @@ def keep_highest(groups: list[Group], scores: Mapping[str, Tensor], removed: Map
     for members in tied.values():
         kept = sum(g.units - removed.get(g.name, 0) for g in members) / len(members)
         units = members[0].units
+        multiple = getattr(step.pattern_of(members[0].kind), "multiple_of", 1)
         counts.update(dict.fromkeys((g.name for g in members), _rounded(kept, units, multiple, members)))
     keep: Keep = {}
     for group in groups:

@@ -39,7 +39,11 @@ def score_groups(
     DataError for scores that are not finite.
     """
     criterion = step.criterion
-    normalise = not criterion.comparable and step.below is None and getattr(step.pattern, "normalise", False)
+    normalise = (
+        not criterion.comparable
+        and step.below is None
+        and any(getattr(pattern, "normalise", False) for pattern in step.patterns)
+    )
     scores: dict[str, Tensor] = {}
     reasons: dict[str, str] = {}
     for name, units in collect_units(model, groups, consumers, criterion, step.examples, context).items():

@@ -144,3 +144,27 @@ def test_an_impossible_number_of_sweeps_is_refused(sweeps: float) -> None:
 def test_an_impossible_damping_is_refused(damping: float) -> None:
     with pytest.raises(ConfigError, match="damping"):
         OBS(damping=damping)
+
+
+def test_many_units_go_in_rounds_with_updates_between() -> None:
+    weight, inputs, columns = layer(7, units=10, k=1)
+    reader = consumer(weight, gram(inputs), columns)
+    rounds = OBS(damping=TINY, rounds=5).unit_scores(Units(consumers=(reader,)))
+    order = columns.flatten()[rounds.argsort()]
+    energy = float(((inputs @ weight.T) ** 2).sum() / len(inputs))
+    for first in range(0, 10, 2):  # two together, each at its cost alone once those before are gone
+        gone = order[:first]
+        before = least_error(weight, inputs, gone)
+        alone = [
+            (least_error(weight, inputs, torch.cat([gone, unit[None]])) - before) / energy for unit in order[first:]
+        ]
+        cheapest = sorted(alone)[:2]
+        assert alone[:2] == pytest.approx(cheapest)
+
+
+def test_one_round_ranks_by_the_cost_alone() -> None:
+    weight, inputs, columns = layer(8, units=6, k=2)
+    reader = consumer(weight, gram(inputs), columns)
+    ranked = OBS(damping=TINY, rounds=1, swap_sweeps=0).unit_scores(Units(consumers=(reader,))).argsort().tolist()
+    alone = [least_error(weight, inputs, unit) for unit in columns]
+    assert ranked == sorted(range(6), key=lambda unit: alone[unit])

@@ -10,14 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gracile.allocate import GlobalRank, Uniform
+from gracile.allocate import GlobalRank, MeasuredLoss, Uniform
+from gracile.compress import compress
 from gracile.context import Context
-from gracile.criteria import Magnitude, Taylor
+from gracile.criteria import OBS, Magnitude, Taylor
 from gracile.data import Data
 from gracile.errors import ConfigError, DataError, NothingChangedError
+from gracile.goal import MACs
+from gracile.graph import trace
 from gracile.losses import cross_entropy
-from gracile.patterns import Channels, Heads
+from gracile.patterns import Channels, Heads, Layers, Unstructured
 from gracile.recipe import only
+from gracile.solvers import LeastSquares
 from gracile.steps import Prune
 from gracile.steps.prune_units import keep_highest
 from gracile.surgery import apply
@@ -165,6 +169,41 @@ def test_heads_are_cut_whole_and_the_count_that_forward_reads_follows() -> None:
     assert [(row.kept, row.of) for row in record.layers if row.action == "cut"] == [(2, 4)]
 
 
+class Encoder(nn.Module):
+    """Attention and a wide layer beside it, added to each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.up, self.down = Attention(), nn.Linear(16, 40), nn.Linear(40, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(self.up(x).relu()) + self.attention(x)
+        return out
+
+
+def test_several_patterns_share_one_budget() -> None:
+    torch.manual_seed(0)
+    model = Encoder().eval()
+    data = Data(calibration=[torch.randn(4, 5, 16) for _ in range(3)])
+    patterns = (Channels(multiple_of=4), Heads())
+    step = Prune(
+        to=MACs(0.6), pattern=patterns, criterion=OBS(), allocation=MeasuredLoss(power=1.0), repair=LeastSquares()
+    )
+    small = compress(model, step, data)
+    rows = {row.kind: (row.kept, row.of) for row in small.report.steps[0].layers if row.action == "cut"}
+    assert set(rows) == {"channels", "heads"} and rows["channels"][0] % 4 == 0
+    assert small.model.attention.heads == rows["heads"][0] < 4
+    macs = [trace(m, lambda net: net(torch.zeros(1, 5, 16))).macs for m in (small.model, model)]
+    assert macs[0] <= 0.6 * macs[1]
+    assert step.title == "Prune channels and heads to MACs(0.6) by OBS"
+
+
+@pytest.mark.parametrize("pattern", [(), (Channels(), Unstructured()), (Heads(), "channels"), (Channels(), Layers())])
+def test_only_kinds_of_units_go_together(pattern: Any) -> None:
+    with pytest.raises(ConfigError, match="not a pattern"):
+        Prune(0.5, pattern=pattern)
+
+
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -273,6 +312,7 @@ class Fake:
     units: int
     tied_count: str | None = None
     multiple_of: int = 1
+    kind: str = "channels"
 
 
 @pytest.mark.parametrize(
