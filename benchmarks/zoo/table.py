@@ -54,7 +54,7 @@ def _runs(rows: list[Row]) -> str:
     if len(runs) < 2:
         return ""
     told = ", ".join(f"{n} from the {run} run" for run, n in runs.most_common())
-    return f"Rows of runs with different states of the package: {told}. `results.jsonl` says which.\n"
+    return f"Rows of runs at different commits: {told}; `results.jsonl` says which.\n"
 
 
 def _totals(collection: str, rows: list[Row]) -> str:
@@ -63,7 +63,8 @@ def _totals(collection: str, rows: list[Row]) -> str:
     peers = [row["torch_pruning"] for row in rows if "torch_pruning" in row]
     cut = [p for p in peers if p.get("removed", 0.0) >= ENOUGH]
     same = sum(p["outcome"] == "pruned" for p in cut)
-    return f"| {collection} | {len(rows)} | {crashed} | {good} | {good / len(rows):.1%} | {len(peers)} | {len(cut)} | {same} |"
+    share = f"{good / len(rows):.1%}"
+    return f"| {collection} | {len(rows)} | {crashed} | {good} | {share} | {len(peers)} | {len(cut)} | {same} |"
 
 
 def _why(row: Row) -> str:
