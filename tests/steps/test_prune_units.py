@@ -177,7 +177,7 @@ class Encoder(nn.Module):
         self.attention, self.up, self.down = Attention(), nn.Linear(16, 40), nn.Linear(40, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(self.up(x).relu()) + self.attention(x)
+        out: Tensor = self.down(self.up(x).relu()).mean(1) + self.attention(x)
         return out
 
 
