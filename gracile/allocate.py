@@ -89,11 +89,15 @@ class GlobalRank:
 
 @dataclass(frozen=True)
 class Level:
-    """A width that a group may take: units removed, what that alone does to the outputs, and what it saves."""
+    """A width that a group may take: units removed, what that does to the outputs, and what it saves.
+
+    in_context: measured with the other groups cut too. Staying whole is then no option but where it was measured.
+    """
 
     removed: int
     loss: float
     saved: float
+    in_context: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,12 +110,19 @@ class MeasuredLoss:
     Solved by Lagrangian relaxation, which is exact on the convex hull of the tables.
 
     levels: widths tried of each group. examples: calibration examples behind one measurement.
-    Source: the one-shot allocation by loss tables of SPDY (Frantar and Alistarh 2022, arXiv:2201.13096).
+    rounds: with a criterion that reads inputs and a repair, the tables are then measured again that many times around
+        the widths found, all the other groups being cut and refitted, so that losses add up (power 1) for the moves
+        they allow: `reach` of a group's units up or down, half of it each further round. The round whose outputs are
+        nearest to the original's counts.
+    Source: the one-shot allocation by loss tables of SPDY (Frantar and Alistarh 2022, arXiv:2201.13096); the rounds
+    are ours.
     """
 
     power: float = 0.5
     levels: int = 8
     examples: int = 512
+    rounds: int = 3
+    reach: float = 0.25
 
     def __post_init__(self) -> None:
         if not 0 < self.power <= 2:
@@ -121,19 +132,39 @@ class MeasuredLoss:
                 f"MeasuredLoss(levels={self.levels!r}, examples={self.examples!r}): at least 2 levels and 1 example."
             )
 
+        if not isinstance(self.rounds, int) or self.rounds < 0 or not 0 < self.reach <= 1:
+            raise ConfigError(
+                f"MeasuredLoss(rounds={self.rounds!r}, reach={self.reach!r}): a whole number of at least 0, and a "
+                f"share above 0, at most 1."
+            )
+
     def counts(self, units: int) -> list[int]:
         """Numbers of units to try removing, at least one being left: equal steps, ascending."""
         return sorted({min(round(units * i / self.levels), units - 1) for i in range(1, self.levels + 1)} - {0})
 
+    def counts_around(self, units: int, removed: int, shrink: float) -> list[int]:
+        """Numbers of units to try removing within `reach · shrink` of the present number, which is among them."""
+        furthest = max(1, round(self.reach * shrink * units))
+        steps = max(1, self.levels // 4)
+        around = {removed + round(furthest * i / steps) for i in range(-steps, steps + 1)}
+        return sorted({min(max(count, 0), units - 1) for count in around})
+
     def choose(self, tables: Mapping[str, Sequence[Level]], amount: float) -> dict[str, int]:
-        """Units to remove by group, saving at least this amount; the most that the tables hold if they hold less."""
+        """Units to remove by group, saving at least this amount; the most that the tables hold if they hold less.
+
+        A group may also stay whole, at no loss, unless its table was measured in context.
+        """
         most = sum(max((level.saved for level in levels), default=0.0) for levels in tables.values())
         wanted = min(amount, most)
 
+        options = {
+            name: levels if any(level.in_context for level in levels) else [Level(0, 0.0, 0.0), *levels]
+            for name, levels in tables.items()
+        }
+
         def at(price: float) -> dict[str, Level]:
-            nothing = Level(0, 0.0, 0.0)
             return {
-                name: min([nothing, *levels], key=lambda level: level.loss**self.power - price * level.saved)
+                name: min(options[name], key=lambda level: level.loss**self.power - price * level.saved)
                 for name, levels in tables.items()
             }
 

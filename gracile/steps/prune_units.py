@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from gracile.allocate import GlobalRank, MeasuredLoss
@@ -27,11 +24,13 @@ from gracile.steps.budget import meet_budget
 from gracile.steps.consumers import collect_consumers, readers
 from gracile.steps.correct import copy_model
 from gracile.steps.cut import Keep, cut_checked
+from gracile.steps.reallocate import reallocate
 from gracile.steps.repair import repair_units
 from gracile.steps.scores import score_weights
 from gracile.steps.sequence import choose_in_sequence
 from gracile.steps.tables import measure_tables
 from gracile.steps.units import exchange_units, score_groups
+from gracile.steps.widths import keep_highest, share_out
 
 if TYPE_CHECKING:
     from gracile.steps.prune import Prune
@@ -62,7 +61,10 @@ def prune_units(model: nn.Module, step: Prune, context: Context, recorder: Recor
             f"  Raise the amount; `gracile inspect` shows the groups and their sizes."
         )
     if step.repair is not None and scores_by_inputs(step.criterion):
-        keep = choose_in_sequence(model, traced, groups, keep, step.criterion, step.repair, context)
+        trial = choose_in_sequence(model, traced, groups, keep, step.criterion, step.repair, context)
+        if isinstance(step.allocation, MeasuredLoss):
+            trial = reallocate(trial, model, traced, groups, step, context, batch, recorder)
+        keep = trial.keep
     elif step.below is None:
         keep = exchange_units(keep, consumers, step.criterion)
     reference = copy_model(model)
@@ -180,15 +182,7 @@ def choose_units(
     allocation = step.allocation or GlobalRank()
     if isinstance(allocation, MeasuredLoss):
         tables = measure_tables(model, traced, groups, scores, consumers, allocation, context)
-
-        def saving(amount: float) -> Keep:
-            return keep_highest(groups, scores, allocation.choose(tables, amount), step)
-
-        if step.to is not None:
-            return meet_budget(step.to, model, traced, lambda f: saving(f * traced.macs), context, batch)
-        assert step.fraction is not None
-        tables = {name: [replace(level, saved=level.removed) for level in levels] for name, levels in tables.items()}
-        return saving(step.fraction * sum(g.units for g in groups))
+        return share_out(tables, allocation, model, traced, groups, scores, step, context, batch)
     costs = {g.name: float(_weights_per_unit(model, g)) for g in groups}
 
     def at(fraction: float) -> Keep:
@@ -201,33 +195,6 @@ def choose_units(
         return meet_budget(step.to, model, traced, at, context, batch, largest)
     assert step.fraction is not None
     return at(step.fraction)
-
-
-def keep_highest(groups: list[Group], scores: Mapping[str, Tensor], removed: Mapping[str, int], step: Prune) -> Keep:
-    """The highest-scored units of each group, as many as `removed` leaves; equal counts for groups that must agree."""
-    counts: dict[str, int] = {}
-    tied: dict[str, list[Group]] = {}
-    for group in groups:
-        tied.setdefault(group.tied_count or f"\0{group.name}", []).append(group)
-    for members in tied.values():
-        kept = sum(g.units - removed.get(g.name, 0) for g in members) / len(members)
-        units = members[0].units
-        multiple = getattr(step.pattern_of(members[0].kind), "multiple_of", 1)
-        counts.update(dict.fromkeys((g.name for g in members), _rounded(kept, units, multiple, members)))
-    keep: Keep = {}
-    for group in groups:
-        if counts[group.name] < group.units:
-            order = torch.argsort(scores[group.name], descending=True, stable=True)
-            keep[group.name] = sorted(order[: counts[group.name]].tolist())
-    return keep
-
-
-def _rounded(kept: float, units: int, multiple: int, members: list[Group]) -> int:
-    """The count nearest to `kept` that the pattern and every member can have."""
-    step = math.lcm(multiple, *(g.multiple_of for g in members))
-    if round(kept) >= units:
-        return units
-    return min(units, max(step, round(kept / step) * step))
 
 
 def _layers(group: Group, role: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,37 @@ from gracile.steps.correct import copy_model
 Keep = dict[str, list[int]]
 
 
+@dataclass
+class Trial:
+    """A copy of the model whose groups are cut by zeros and whose layers are refitted, and what other widths need.
+
+    keep: units that stay, by group. scores: of all units of a group, taken when its turn came. reads: layers that read
+    a group, with the columns of each unit, [units, k]. moments: of the inputs of these layers in the trial.
+    """
+
+    repair: Refit
+    keep: Keep
+    scores: dict[str, Tensor]
+    reads: dict[str, dict[str, Tensor]]
+    moments: dict[str, Moments]
+
+    @property
+    def model(self) -> nn.Module:
+        return self.repair.model
+
+    def solve(self, layer: str, keep: Mapping[str, Sequence[int]]) -> None:
+        """Refit the layer on the units that stay of all that it reads."""
+        weight: Any = self.model.get_submodule(layer).weight
+        left = torch.ones(weight[0].numel(), dtype=torch.bool)
+        for name, read in self.reads.items():
+            if layer in read and name in keep:
+                columns = read[layer]
+                gone = torch.ones(len(columns), dtype=torch.bool)
+                gone[list(keep[name])] = False
+                left[columns[gone].flatten()] = False
+        self.repair.solve(layer, self.moments[layer], None if bool(left.all()) else left.nonzero().squeeze(1))
+
+
 def choose_in_sequence(
     model: nn.Module,
     traced: Trace,
@@ -29,7 +61,7 @@ def choose_in_sequence(
     criterion: Any,
     solver: LeastSquares,
     context: Context,
-) -> Keep:
+) -> Trial:
     """As many units of each group as `keep` has, by scores taken when the layers before are cut and refitted.
 
     On a copy of the model, layer after layer in the order of its forward: the layers that read a group are refitted to
@@ -39,15 +71,9 @@ def choose_in_sequence(
     """
     calls = {layer.name: layer.calls for layer in traced.layers}
     order = [n for n, count in calls.items() if count == 1 and refittable(model.get_submodule(n))]
-    chosen: Keep = {name: list(kept) for name, kept in keep.items()}
-    reads = {g.name: readers(model, g) for g in groups if g.name in keep}
-    waiting = {name for name, found in reads.items() if found and set(found) <= set(order)}
-    started = {layer for name in waiting for layer in reads[name]}
-    if not started:
-        return chosen
-    trial = copy_model(model)
+    reads = {g.name: _reading(model, g) for g in groups}
     repair = Refit(
-        trial,
+        copy_model(model),
         model,
         split_batches(context.data)[0],
         context.data,
@@ -56,42 +82,43 @@ def choose_in_sequence(
         norms=dict(traced.batch_norm_pairs()),
         summed=frozenset(name for name in order if traced.feeds_sum(name)),
     )
-    units = {g.name: g.units for g in groups}
-    layers = order[min(order.index(name) for name in started) :]
-    with eval_mode(model, trial):
+    trial = Trial(repair, {name: list(kept) for name, kept in keep.items()}, {}, reads, {})
+    waiting = {name for name, read in reads.items() if read and set(read) <= set(order)}
+    started = {layer for name in waiting for layer in reads[name]}
+    layers = order[min(order.index(name) for name in started) :] if started else []
+    with eval_mode(model, trial.model):
         for done, layer in enumerate(layers):
-            moments = repair.measure(layer)
-            read = [name for name in reads if layer in reads[name]]
-            for name in read:
-                if name in waiting:
+            trial.moments[layer] = repair.measure(layer)
+            for name in sorted(waiting):
+                if layer in reads[name]:
                     waiting.remove(name)
-                    consumers = [
-                        _consumer(repair, reader, moments if reader == layer else repair.measure(reader), member)
-                        for reader, member in reads[name].items()
-                    ]
-                    chosen[name] = _choose(criterion, Units(consumers=tuple(consumers)), len(keep[name]))
-            weight: Any = trial.get_submodule(layer).weight
-            left = torch.ones(weight[0].numel(), dtype=torch.bool)
-            for name in read:
-                gone = sorted(set(range(units[name])) - set(chosen[name]))
-                left[input_columns(reads[name][layer].positions, weight)[gone].flatten()] = False
-            repair.solve(layer, moments, None if bool(left.all()) else left.nonzero().squeeze(1))
+                    units = Units(consumers=tuple(_consumer(trial, reader, name) for reader in reads[name]))
+                    trial.scores[name] = criterion.unit_scores(units)
+                    if name in keep:
+                        trial.keep[name] = _choose(criterion, units, trial.scores[name], len(keep[name]))
+            trial.solve(layer, trial.keep)
             context.progress("choose units", done + 1, len(layers))
-    return chosen
+    return trial
 
 
-def _choose(criterion: Any, units: Units, count: int) -> list[int]:
-    scores = criterion.unit_scores(units)
+def _reading(model: nn.Module, group: Group) -> dict[str, Tensor]:
+    weights: dict[str, Any] = {layer: model.get_submodule(layer).weight for layer in readers(model, group)}
+    return {layer: input_columns(m.positions, weights[layer]) for layer, m in readers(model, group).items()}
+
+
+def _choose(criterion: Any, units: Units, scores: Tensor, count: int) -> list[int]:
     kept: list[int] = sorted(torch.argsort(scores, descending=True, stable=True)[:count].tolist())
     return criterion.choose(units, kept) if hasattr(criterion, "choose") else kept
 
 
-def _consumer(repair: Refit, layer: str, moments: Moments, member: Any) -> Consumer:
+def _consumer(trial: Trial, layer: str, group: str) -> Consumer:
     """The layer as the criterion reads it, with the best weight for all of its present inputs."""
+    repair = trial.repair
+    moments = trial.moments.get(layer) or repair.measure(layer)
     repair.solve(layer, moments)
-    weight: Tensor = repair.model.get_submodule(layer).weight.detach()  # type: ignore[operator,union-attr,assignment]
+    weight: Tensor = trial.model.get_submodule(layer).weight.detach()  # type: ignore[operator,union-attr,assignment]
     gram = moments.gram
     if repair.centred(layer):
         gram = gram - torch.outer(moments.mean, moments.mean)
     # Twice, as H is: (2/N) Σ x xᵀ.
-    return Consumer(layer, weight.flatten(1), 2 * gram, moments.mean, input_columns(member.positions, weight))
+    return Consumer(layer, weight.flatten(1), 2 * gram, moments.mean, trial.reads[group][layer])

@@ -18,6 +18,7 @@ from gracile.errors import DataError
 from gracile.graph import Group, Trace, cut_macs
 from gracile.solvers import LeastSquares, Moments
 from gracile.stats.match import divergence
+from gracile.steps.sequence import Trial
 
 
 def measure_tables(
@@ -34,9 +35,9 @@ def measure_tables(
     Nothing is cut: the columns that read the units are set to zero and the others refitted in closed form, on the
     inputs of the uncut model, which is what the cut would compute.
     """
-    batches = _some(context.data, allocation.examples)
+    batches = some_batches(context.data, allocation.examples)
     trial = copy.deepcopy(model).eval()
-    references = _outputs(trial, context.data, batches)
+    references = outputs_of(trial, context.data, batches)
     norms = dict(traced.batch_norm_pairs())
     full = cut_macs(traced, {})
     tables: dict[str, list[Level]] = {}
@@ -46,7 +47,7 @@ def measure_tables(
         for count in allocation.counts(group.units):
             kept = order[count:].sort().values
             undo = [_refit(trial, consumer, kept, norms) for consumer in consumers[group.name]]
-            loss = divergence(_outputs(trial, context.data, batches), references)
+            loss = divergence(outputs_of(trial, context.data, batches), references)
             with torch.no_grad():
                 for tensor, value in [pair for part in undo for pair in part]:
                     tensor.copy_(value)
@@ -57,6 +58,44 @@ def measure_tables(
                 )
             saved = full - cut_macs(traced, {group.name: kept.tolist()})
             tables[group.name].append(Level(count, loss, float(saved)))
+        context.progress("loss tables", done + 1, len(groups))
+    return tables
+
+
+def measure_around(
+    trial: Trial,
+    traced: Trace,
+    groups: Sequence[Group],
+    allocation: MeasuredLoss,
+    shrink: float,
+    references: Sequence[Tensor],
+    batches: Sequence[Batch],
+    context: Context,
+) -> dict[str, list[Level]]:
+    """Group -> a Level for each width near the present one, the other groups being as the trial has them.
+
+    Only the layers that read a group are refitted to its other widths; references: outputs of the original.
+    """
+    tables: dict[str, list[Level]] = {}
+    for done, group in enumerate(groups):
+        kept = trial.keep.get(group.name, list(range(group.units)))
+        best = trial.scores[group.name].argsort(descending=True, stable=True).tolist()
+        whole = cut_macs(traced, {**trial.keep, group.name: list(range(group.units))})
+        tables[group.name] = []
+        for count in allocation.counts_around(group.units, group.units - len(kept), shrink):
+            width = group.units - count
+            keep = {**trial.keep, group.name: kept if width == len(kept) else sorted(best[:width])}
+            for layer in trial.reads[group.name]:
+                trial.solve(layer, keep)
+            loss = divergence(outputs_of(trial.model, context.data, batches), list(references))
+            if not math.isfinite(loss):
+                raise DataError(
+                    f"The outputs are NaN or infinite with {count} of {group.units} units of '{group.name}' removed.\n"
+                    f"  Exclude the layer, or use another allocation."
+                )
+            tables[group.name].append(Level(count, loss, float(whole - cut_macs(traced, keep)), in_context=True))
+        for layer in trial.reads[group.name]:
+            trial.solve(layer, trial.keep)
         context.progress("loss tables", done + 1, len(groups))
     return tables
 
@@ -88,11 +127,13 @@ def _refit(model: nn.Module, consumer: Consumer, kept: Tensor, norms: Mapping[st
 
 
 @torch.no_grad()
-def _outputs(model: nn.Module, data: Data, batches: Sequence[Batch]) -> list[Tensor]:
+def outputs_of(model: nn.Module, data: Data, batches: Sequence[Batch]) -> list[Tensor]:
+    """The main output of each batch."""
     return [logits_of(data.forward(model, batch)) for batch in batches]
 
 
-def _some(data: Data, examples: int) -> list[Batch]:
+def some_batches(data: Data, examples: int) -> list[Batch]:
+    """The first calibration batches that hold at least so many examples."""
     batches, count = [], 0
     for batch in data.calibration_batches:
         batches.append(batch)

@@ -23,7 +23,7 @@ from gracile.patterns import Channels, Heads, Layers, Unstructured
 from gracile.recipe import only
 from gracile.solvers import LeastSquares
 from gracile.steps import Prune
-from gracile.steps.prune_units import keep_highest
+from gracile.steps.widths import keep_highest
 from gracile.surgery import apply
 
 

@@ -31,7 +31,7 @@ def chosen(net: nn.Sequential, data: Data, keep: dict[str, list[int]]) -> dict[s
     found = choose_in_sequence(
         net, traced, groups, wanted, OBS(swap_sweeps=0), LeastSquares(1e-9), Context(data, net, net)
     )
-    return {layer: found[names[f"{layer}.weight"]] for layer in keep}
+    return {layer: found.keep[names[f"{layer}.weight"]] for layer in keep}
 
 
 def centred(x: np.ndarray) -> np.ndarray:

@@ -1,0 +1,75 @@
+"""How many units of each group stay, and which by their scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from gracile.allocate import Level, MeasuredLoss
+from gracile.context import Context
+from gracile.data import Batch
+from gracile.graph import Group, Trace
+from gracile.steps.budget import Keep, meet_budget
+
+if TYPE_CHECKING:
+    from gracile.steps.prune import Prune
+
+
+def share_out(
+    tables: Mapping[str, Sequence[Level]],
+    allocation: MeasuredLoss,
+    model: nn.Module,
+    traced: Trace,
+    groups: list[Group],
+    scores: Mapping[str, Tensor],
+    step: Prune,
+    context: Context,
+    batch: Batch,
+    fixed: Mapping[str, list[int]] | None = None,
+) -> Keep:
+    """Indices kept of each group that loses any: the widths of the tables that just meet the step's amount.
+
+    fixed: groups without a table, which stay as they are here. Levels save multiply-accumulates; where the amount is a
+    share of the units, units are counted instead.
+    """
+
+    def saving(amount: float) -> Keep:
+        return {**(fixed or {}), **keep_highest(groups, scores, allocation.choose(tables, amount), step)}
+
+    if step.to is not None:
+        return meet_budget(step.to, model, traced, lambda f: saving(f * traced.macs), context, batch)
+    assert step.fraction is not None
+    tables = {name: [replace(level, saved=level.removed) for level in levels] for name, levels in tables.items()}
+    return saving(step.fraction * sum(g.units for g in groups))
+
+
+def keep_highest(groups: list[Group], scores: Mapping[str, Tensor], removed: Mapping[str, int], step: Prune) -> Keep:
+    """The highest-scored units of each group, as many as `removed` leaves; equal counts for groups that must agree."""
+    counts: dict[str, int] = {}
+    tied: dict[str, list[Group]] = {}
+    for group in groups:
+        tied.setdefault(group.tied_count or f"\0{group.name}", []).append(group)
+    for members in tied.values():
+        kept = sum(g.units - removed.get(g.name, 0) for g in members) / len(members)
+        units = members[0].units
+        multiple = getattr(step.pattern_of(members[0].kind), "multiple_of", 1)
+        counts.update(dict.fromkeys((g.name for g in members), _rounded(kept, units, multiple, members)))
+    keep: Keep = {}
+    for group in groups:
+        if counts[group.name] < group.units:
+            order = torch.argsort(scores[group.name], descending=True, stable=True)
+            keep[group.name] = sorted(order[: counts[group.name]].tolist())
+    return keep
+
+
+def _rounded(kept: float, units: int, multiple: int, members: list[Group]) -> int:
+    """The count nearest to `kept` that the pattern and every member can have."""
+    step = math.lcm(multiple, *(g.multiple_of for g in members))
+    if round(kept) >= units:
+        return units
+    return min(units, max(step, round(kept / step) * step))
