@@ -90,7 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ratios", type=float, nargs="+", default=[1.5, 2.0, 3.0, 4.0])
     parser.add_argument("--sentences", type=int, default=3000)
-    parser.add_argument("--table-sentences", type=int, default=256)
+    parser.add_argument("--table-sentences", type=int, default=128)
     parser.add_argument("--power", type=float, default=0.5)
     parser.add_argument("--folder", type=Path, default=Path("runs/minilm"))
     parser.add_argument("--seed", type=int, default=0)
@@ -103,7 +103,7 @@ def main() -> None:
     model = sentences.minilm()
     texts = training_sentences(args.seed)
     held_out = by_length(texts[-400:], 64, args.seed)
-    data = gc.Data(calibration=by_length(texts[: args.sentences], 64, args.seed))
+    data = gc.Data(calibration=by_length(texts[: args.sentences], 32, args.seed))
     example = sentences.tokenize(texts[:2], 2, 32)[0]
     gc.OnnxRuntime().export(model, example, args.folder / "dense")
     print(json.dumps({"model": "minilm", "spearman": spearman(model), "macs": macs(model)}), flush=True)

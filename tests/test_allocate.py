@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -150,3 +151,26 @@ def test_widths_are_equal_steps_and_leave_a_unit(levels: int, units: int, expect
 def test_impossible_settings_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
         MeasuredLoss(**settings)  # type: ignore[arg-type]
+
+
+def test_widths_around_the_present_one_stay_within_reach_and_within_the_group() -> None:
+    allocation = MeasuredLoss(levels=8, reach=0.25)
+    assert allocation.counts_around(32, 16, 1.0) == [8, 12, 16, 20, 24]
+    assert allocation.counts_around(32, 16, 0.5) == [12, 14, 16, 18, 20]
+    assert allocation.counts_around(32, 0, 1.0) == [0, 4, 8]
+    assert allocation.counts_around(8, 7, 1.0) == [5, 6, 7]
+    assert allocation.counts_around(3, 1, 0.1) == [0, 1, 2]
+
+
+def test_in_context_staying_whole_is_an_option_only_where_it_was_measured() -> None:
+    around = [Level(4, 0.5, 40.0, in_context=True), Level(6, 0.9, 60.0, in_context=True)]
+    whole = [Level(0, 0.6, 0.0, in_context=True), Level(2, 0.7, 20.0, in_context=True)]
+    chosen = MeasuredLoss(power=1.0).choose({"a": around, "b": whole}, 40.0)
+    assert chosen == {"a": 4, "b": 0}
+    assert MeasuredLoss(power=1.0).choose({"a": around, "b": whole}, 60.0) == {"a": 4, "b": 2}
+
+
+@pytest.mark.parametrize("settings", [{"rounds": -1}, {"rounds": 1.5}, {"reach": 0}, {"reach": 1.5}])
+def test_impossible_rounds_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="rounds"):
+        MeasuredLoss(**settings)

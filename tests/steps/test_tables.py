@@ -12,12 +12,15 @@ from torch import nn
 import gracile as gc
 from gracile.allocate import MeasuredLoss
 from gracile.context import Context
+from gracile.criteria import OBS
 from gracile.data import Data
 from gracile.errors import ConfigError
 from gracile.graph import cut_macs, trace
+from gracile.solvers import LeastSquares
 from gracile.stats.match import divergence
 from gracile.steps.consumers import collect_consumers
-from gracile.steps.tables import measure_tables
+from gracile.steps.sequence import choose_in_sequence
+from gracile.steps.tables import measure_around, measure_tables, outputs_of
 
 
 def net() -> nn.Sequential:
@@ -145,3 +148,42 @@ def test_obs_on_single_weights_skips_what_does_not_unfold() -> None:
     assert float((result.model[1].weight == 0).float().mean()) == 0.5
     skipped = [row for row in result.report.steps[0].layers if row.action == "skipped"]
     assert [row.name for row in skipped] == ["0"] and "unfold" in skipped[0].reason
+
+
+def test_around_a_trial_only_the_readers_of_one_group_change() -> None:
+    model, examples = net(), data()
+    traced = trace(model, lambda m: m(examples.calibration[0]))
+    groups = [g for g in traced.groups if g.frozen is None and g.units > 1]
+    inner, last = sorted(groups, key=lambda g: -g.units)
+    context, solver = Context(examples, model, model), LeastSquares(1e-9)
+    keep = {inner.name: [0, 1, 2, 3, 4], last.name: [0, 1, 2, 3]}
+    trial = choose_in_sequence(model, traced, groups, keep, OBS(), solver, context)
+    before = copy.deepcopy(trial.model.state_dict())
+    batches = list(examples.calibration)
+    references = outputs_of(model, examples, batches)
+    allocation = MeasuredLoss(levels=8, reach=0.16)
+    tables = measure_around(trial, traced, groups, allocation, 1.0, references, batches, context)
+    # Solved again from the same moments: the same numbers but for the order of sums in float64.
+    for name, value in trial.model.state_dict().items():
+        torch.testing.assert_close(value, before[name], atol=1e-5, rtol=1e-5)
+    present = divergence(outputs_of(trial.model, examples, batches), references)
+    for group in groups:
+        levels = {level.removed: level for level in tables[group.name]}
+        now = levels[group.units - len(keep[group.name])]
+        assert all(level.in_context for level in levels.values()) and now.loss == pytest.approx(present, rel=1e-4)
+        whole = {**trial.keep, group.name: list(range(group.units))}
+        assert now.saved == cut_macs(traced, whole) - cut_macs(traced, trial.keep)
+    # By another way: the classifier regressed with an intercept on five of the six channels that the trial computes,
+    # from the batches that the trial was fitted on (the first in eight is held out).
+    best = trial.scores[last.name].argsort(descending=True)[:5].sort().values
+    with torch.no_grad():
+        columns = (best[:, None] * 4 + torch.arange(4)).flatten()
+
+        def hidden(batch: torch.Tensor) -> torch.Tensor:
+            x = trial.model[:7](batch)[:, columns].double()
+            return torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], 1)
+
+        fitted = torch.linalg.lstsq(hidden(torch.cat(batches[1:])), model(torch.cat(batches[1:])).double()).solution
+        expected = divergence([hidden(batch) @ fitted for batch in batches], references)
+    level = next(level for level in tables[last.name] if level.removed == 1)
+    assert level.loss == pytest.approx(expected, rel=1e-2)  # the small ridge, and float32 weights
