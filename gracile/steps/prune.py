@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from gracile.allocate import GlobalRank, MeasuredLoss, Uniform
-from gracile.context import Context
+from gracile.context import Context, derive_seed
 from gracile.criteria import Magnitude
+from gracile.data import Data
 from gracile.errors import ConfigError, DataError
 from gracile.goal import Budget
+from gracile.graph import trace
 from gracile.layer_stats import GATE_STATS, GRADIENT_STATS
 from gracile.patterns import NM, Channels, Heads, Layers, Unstructured
 from gracile.recipe import Recorder, Step
 from gracile.report.model import StepRecord
 from gracile.select import check_exclude
 from gracile.solvers import LeastSquares
+from gracile.stats.collect import first_batch
+from gracile.steps.correct import copy_model
 from gracile.steps.prune_layers import prune_layers
 from gracile.steps.prune_units import prune_units
 from gracile.steps.prune_weights import prune_weights
@@ -158,6 +164,25 @@ class Prune(Step):
                 f"Prune: the criterion {type(self.criterion).__name__} needs gradients, and there are no labelled data "
                 f"or no loss.\n  Pass Data(train=..., loss=gracile.losses.cross_entropy), or use Magnitude()."
             )
+
+    def plan(self, model: nn.Module, data: Data, *, target: Any = None, seed: int = 0) -> StepRecord:
+        """What `compress(model, self, data, seed=seed)` would cut, what it would leave and why, and what that saves.
+
+        The step runs on a copy, so this takes as long as the step; the model is not changed. `layers` has a row for
+        each group that would be cut or is left out with its reason; `numbers` holds parameters and multiply-accumulates
+        of one example before and after. Raises what the step would raise.
+        """
+        original, work = copy_model(model).eval(), copy_model(model)
+        context = Context(data=data, original=original, teacher=original, target=target, seed=derive_seed(seed, 0))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(seed, "step", 0))
+            record = self(work, context)
+        numbers = dict(record.numbers)
+        for label, net in (("before", original), ("after", work)):
+            numbers[f"parameters_{label}"] = float(sum(p.numel() for p in net.parameters()))
+            if data.has_calibration:
+                numbers[f"macs_{label}"] = float(trace(net, partial(data.forward, batch=first_batch(data))).macs)
+        return replace(record, numbers=numbers)
 
     def __call__(self, model: nn.Module, context: Context) -> StepRecord:
         self.check(model, context)
