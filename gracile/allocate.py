@@ -110,10 +110,11 @@ class MeasuredLoss:
     Solved by Lagrangian relaxation, which is exact on the convex hull of the tables.
 
     levels: widths tried of each group. examples: calibration examples behind one measurement.
-    rounds: with a criterion that reads inputs and a repair, the tables are then measured again that many times around
-        the widths found, all the other groups being cut and refitted, so that losses add up (power 1) for the moves
-        they allow: `reach` of a group's units up or down, half of it each further round. The round whose outputs are
-        nearest to the original's counts.
+    rounds: with a criterion that reads inputs and a repair, the tables are then measured again up to so many times
+        around the widths found, all the other groups being cut and refitted, so that losses add up (power 1) for the
+        moves they allow: `reach` of a group's units up or down, half of it after a round that got no nearer to the
+        original's outputs. There are two starts, one leaves groups whole that several layers read (residual streams).
+        0: the widths of single cuts, from one start.
     Source: the one-shot allocation by loss tables of SPDY (Frantar and Alistarh 2022, arXiv:2201.13096); the rounds
     are ours.
     """

@@ -54,19 +54,12 @@ def prune_units(model: nn.Module, step: Prune, context: Context, recorder: Recor
         consumers = collect_consumers(model, traced, groups, context)
     scores = score_units(model, groups, consumers, step, context, recorder)
     groups = [group for group in groups if group.name in scores]
-    keep = choose_units(model, traced, groups, scores, consumers, step, context, batch)
+    keep = choose_units(model, traced, groups, scores, consumers, step, context, batch, recorder)
     if not keep:
         raise NothingChangedError(
             f"Prune: no unit was removed from {len(groups)} groups; each keeps at least one, none scored low enough.\n"
             f"  Raise the amount; `gracile inspect` shows the groups and their sizes."
         )
-    if step.repair is not None and scores_by_inputs(step.criterion):
-        trial = choose_in_sequence(model, traced, groups, keep, step.criterion, step.repair, context)
-        if isinstance(step.allocation, MeasuredLoss):
-            trial = reallocate(trial, model, traced, groups, step, context, batch, recorder)
-        keep = trial.keep
-    elif step.below is None:
-        keep = exchange_units(keep, consumers, step.criterion)
     reference = copy_model(model)
     checked = list(itertools.islice(context.data.calibration_batches, CHECKED_BATCHES))
     keep, edit = cut_checked(
@@ -174,15 +167,41 @@ def choose_units(
     step: Prune,
     context: Context,
     batch: Batch,
+    recorder: Recorder,
 ) -> Keep:
-    """Indices kept of each group that loses any: by threshold, by a share of all units, or to a budget."""
-    if step.below is not None:
+    """Indices kept of each group that loses any: by threshold, by a share of all units, or to a budget.
+
+    A criterion that reads inputs then chooses again which units make up these widths: with a repair, group after group
+    behind the cuts before.
+    """
+    in_sequence = step.repair is not None and scores_by_inputs(step.criterion)
+    if isinstance(step.allocation, MeasuredLoss):
+        tables = measure_tables(model, traced, groups, scores, consumers, step.allocation, context)
+        keep = share_out(tables, step.allocation, model, traced, groups, scores, step, context, batch)
+        if keep and in_sequence:
+            return reallocate(keep, tables, scores, model, traced, groups, step, context, batch, recorder)
+    elif step.below is not None:
         removed = {name: int((s < step.below).sum()) for name, s in scores.items()}
-        return keep_highest(groups, scores, {n: min(r, scores[n].numel() - 1) for n, r in removed.items()}, step)
-    allocation = step.allocation or GlobalRank()
-    if isinstance(allocation, MeasuredLoss):
-        tables = measure_tables(model, traced, groups, scores, consumers, allocation, context)
-        return share_out(tables, allocation, model, traced, groups, scores, step, context, batch)
+        keep = keep_highest(groups, scores, {n: min(r, scores[n].numel() - 1) for n, r in removed.items()}, step)
+    else:
+        keep = _by_function(model, traced, groups, scores, step, context, batch)
+    if keep and in_sequence:
+        assert step.repair is not None
+        return choose_in_sequence(model, traced, groups, keep, step.criterion, step.repair, context).keep
+    return keep if step.below is not None else exchange_units(keep, consumers, step.criterion)
+
+
+def _by_function(
+    model: nn.Module,
+    traced: Trace,
+    groups: list[Group],
+    scores: dict[str, Tensor],
+    step: Prune,
+    context: Context,
+    batch: Batch,
+) -> Keep:
+    """Widths by an allocation that looks at the scores alone."""
+    allocation: Any = step.allocation or GlobalRank()
     costs = {g.name: float(_weights_per_unit(model, g)) for g in groups}
 
     def at(fraction: float) -> Keep:

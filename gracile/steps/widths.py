@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gracile.allocate import Level, MeasuredLoss
 from gracile.context import Context
 from gracile.data import Batch
+from gracile.errors import ConfigError
 from gracile.graph import Group, Trace
 from gracile.steps.budget import Keep, meet_budget
 
@@ -34,18 +35,26 @@ def share_out(
 ) -> Keep:
     """Indices kept of each group that loses any: the widths of the tables that just meet the step's amount.
 
-    fixed: groups without a table, which stay as they are here. Levels save multiply-accumulates; where the amount is a
-    share of the units, units are counted instead.
+    Groups without a table stay whole, or as they are in `fixed`. Levels save multiply-accumulates; where the amount is
+    a share of the units, units are counted instead.
     """
 
+    fixed = fixed or {}
+    free = [group for group in groups if group.name in tables]
+
     def saving(amount: float) -> Keep:
-        return {**(fixed or {}), **keep_highest(groups, scores, allocation.choose(tables, amount), step)}
+        return {**fixed, **keep_highest(free, scores, allocation.choose(tables, amount), step)}
 
     if step.to is not None:
         return meet_budget(step.to, model, traced, lambda f: saving(f * traced.macs), context, batch)
     assert step.fraction is not None
     tables = {name: [replace(level, saved=level.removed) for level in levels] for name, levels in tables.items()}
-    return saving(step.fraction * sum(g.units for g in groups))
+    gone = sum(g.units - len(fixed[g.name]) for g in groups if g.name in fixed)
+    wanted = step.fraction * sum(g.units for g in groups) - gone
+    most = sum(max(level.removed for level in levels) for levels in tables.values())
+    if most < math.floor(wanted):
+        raise ConfigError(f"Prune: {len(free)} groups cannot lose {wanted:.0f} units; the most they can is {most}.")
+    return saving(wanted)
 
 
 def keep_highest(groups: list[Group], scores: Mapping[str, Tensor], removed: Mapping[str, int], step: Prune) -> Keep:

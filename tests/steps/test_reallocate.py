@@ -44,7 +44,7 @@ def test_rounds_never_end_further_from_the_original_and_meet_the_amount(settings
     record = rounds.report.steps[0]
     note = next(note for note in record.notes if "round of the allocation" in note)
     losses = [float(value) for value in re.findall(r"[\d.e-]+\d", note)]
-    assert 1 <= len(losses) <= 4 and losses[0] == pytest.approx(plain.report.steps[0].numbers["allocation_loss"], 1e-2)
+    assert 1 <= len(losses) <= 5 and losses[0] == pytest.approx(plain.report.steps[0].numbers["allocation_loss"], 1e-2)
     assert record.numbers["allocation_loss"] == pytest.approx(min(losses), rel=1e-2)  # three digits are printed
     x = torch.zeros(1, 6)
     small, whole = (trace(m, lambda net: net(x)) for m in (rounds.model, Twin().eval()))
