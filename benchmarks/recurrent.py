@@ -144,13 +144,24 @@ def timed(folder: Path, stem: str, frames: Tensor, seconds: float) -> dict[str, 
     return found
 
 
+@torch.no_grad()
+def log_probabilities(model: nn.Module, part: Part) -> Tensor:
+    """Logarithms of the class probabilities [n, 10]."""
+    return F.log_softmax(model(part[0]), dim=1)
+
+
 def compare_criteria(model: SpokenDigits, net: str, parts: dict[str, Part], args: argparse.Namespace) -> None:
-    """A line for each criterion: accuracy on the validation part after the cut alone."""
+    """A line for each criterion: accuracy on the validation part after the cut alone, and KL(dense ‖ pruned) in nats."""
     data = gc.Data(train=augmented_loader(*parts["train"]), loss=gc.losses.cross_entropy)
+    validation = parts["validation"]
+    teacher = log_probabilities(model, validation)
+    row = {"net": net, "seed": args.seed, "dense": round(accuracy(model, validation), 2)}
     for name, criterion in CRITERIA.items():
         pruned = gc.compress(model, prune(criterion), data, seed=args.seed).model
-        row = {"net": net, "criterion": name, "validation": round(accuracy(pruned, parts["validation"]), 2)}
-        print(json.dumps(row | {"dense": round(accuracy(model, parts["validation"]), 2)}), flush=True)
+        student = log_probabilities(pruned, validation)
+        loss = F.kl_div(student, teacher, reduction="batchmean", log_target=True).item()
+        found = {"criterion": name, "validation": round(accuracy(pruned, validation), 2), "kl": round(loss, 4)}
+        print(json.dumps(row | found), flush=True)
 
 
 def main() -> None:
