@@ -151,7 +151,7 @@ def log_probabilities(model: nn.Module, part: Part) -> Tensor:
 
 
 def compare_criteria(model: SpokenDigits, net: str, parts: dict[str, Part], args: argparse.Namespace) -> None:
-    """A line for each criterion: accuracy and KL(dense ‖ pruned) in nats on the validation part, after the cut alone."""
+    """A line for each criterion: accuracy and KL(dense ‖ pruned) in nats on the validation part after the cut."""
     data = gc.Data(train=augmented_loader(*parts["train"]), loss=gc.losses.cross_entropy)
     validation = parts["validation"]
     teacher = log_probabilities(model, validation)
