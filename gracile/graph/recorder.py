@@ -117,6 +117,8 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self._rule_for = rule_for
         self._values: dict[int, tuple[Tensor, Value]] = {}
+        self._deferred: dict[int, tuple[Tensor, Callable[[], Value]]] = {}
+        self._zeros: dict[int, tuple[Tensor, int]] = {}
         self._versions: dict[int, int] = {}
         self.axes: dict[str, list[Expr]] = {}
         self.ids: dict[str, int] = {}
@@ -145,6 +147,8 @@ class Recorder(TorchDispatchMode):
 
     def value(self, tensor: Tensor, reason: str = "it comes from a tensor that is no parameter or buffer") -> Value:
         """What is known of the tensor; one never seen before is frozen, for the reason given."""
+        if id(tensor) in self._deferred:
+            self.store(tensor, self._deferred.pop(id(tensor))[1]())
         entry = self._values.get(id(tensor))
         if entry is None:
             self.store(tensor, Value([fresh(n, reason) for n in tensor.shape], [NOWHERE] * tensor.ndim))
@@ -154,6 +158,19 @@ class Recorder(TorchDispatchMode):
 
     def store(self, tensor: Tensor, value: Value) -> None:
         self._values[id(tensor)] = (tensor, value)
+
+    def defer(self, tensor: Tensor, value: Callable[[], Value]) -> None:
+        """Ask what is known of the tensor only when something reads it, for that may tie axes."""
+        self._deferred[id(tensor)] = (tensor, value)
+
+    def note_zeros(self, tensor: Tensor) -> None:
+        """The tensor was just made of zeros alone."""
+        self._zeros[id(tensor)] = (tensor, tensor._version)
+
+    def is_zeros(self, tensor: Tensor) -> bool:
+        """Whether the tensor was made of zeros alone, and neither it nor a view of it was written to since."""
+        noted = self._zeros.get(id(tensor))
+        return noted is not None and tensor._version == noted[1]
 
     def state(self, tensor: Tensor) -> tuple[int, int]:
         """Identity of the tensor's present content."""

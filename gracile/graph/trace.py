@@ -16,6 +16,7 @@ from gracile.graph.axes import Atom, Expr, mark_kind, size
 from gracile.graph.declared import declared_constraints
 from gracile.graph.flow import Flow
 from gracile.graph.groups import Group, build_groups, settle
+from gracile.graph.layerwise import Layerwise
 from gracile.graph.provenance import Provenance
 from gracile.graph.recorder import Axis, MacTerm, Recorder, tensors_in
 from gracile.graph.rules import rule_for
@@ -96,7 +97,7 @@ def trace(model: nn.Module, run: Callable[[nn.Module], Any]) -> Trace:
     provenance = Provenance(recorder)
     with unchanged(model), watch.hooks(), traced_attributes(model, provenance.equal) as sequences:
         try:
-            with torch.enable_grad(), recorder, provenance:
+            with torch.enable_grad(), recorder, provenance, Layerwise(recorder):
                 run(model)
         except Exception as error:
             raise ModelError(

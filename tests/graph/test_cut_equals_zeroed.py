@@ -50,7 +50,7 @@ FREE = {
     "CrossAttention": "q:heads=3 q:head_dim=4~ kv:head_dim=4",
     "PatchMixer": "patch=16~ token1=12 channel1=28",
     "TabularEmbeddings": "tables.0=4 tables.1=6 fc1=20 fc2=12",
-    "BiLSTM": "proj=10 lstm:hidden=8",
+    "BiLSTM": "proj=10 lstm:hidden=8 lstm:hidden#2=8 lstm:hidden#3=8 lstm:hidden#4=8",  # by layer and direction
     "BiGRU": "gru:hidden=8",
     "ConvGRU": "conv=12 gru:hidden=10",
     "OwnCell": "input=10",

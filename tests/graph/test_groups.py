@@ -48,14 +48,16 @@ def test_a_dense_net_shifts_later_features() -> None:
     assert positions(found.group("convs.1"), "convs.2.weight", 1) == [[12 + i] for i in range(4)]
 
 
-def test_hidden_units_of_a_recurrent_layer_sit_in_every_gate_layer_and_direction() -> None:
-    hidden = traced("BiLSTM").group("lstm:hidden")
+def test_hidden_units_of_a_recurrent_layer_sit_in_every_gate_and_in_what_reads_their_direction() -> None:
+    hidden = traced("BiLSTM").group("lstm:hidden#2")  # of the first layer, backwards
     assert hidden.kind == "hidden"
     gates = [[i + 8 * gate for gate in range(4)] for i in range(8)]
-    for name in ("weight_ih_l0", "weight_hh_l1_reverse", "bias_ih_l1"):
+    for name in ("weight_ih_l0_reverse", "weight_hh_l0_reverse", "bias_ih_l0_reverse"):
         assert positions(hidden, f"lstm.{name}", 0) == gates
-    assert positions(hidden, "lstm.weight_ih_l1", 1) == [[i, 8 + i] for i in range(8)]
-    assert positions(hidden, "fc.weight", 1) == [[i, 8 + i] for i in range(8)]
+    for name in ("weight_ih_l1", "weight_ih_l1_reverse"):
+        assert positions(hidden, f"lstm.{name}", 1) == [[8 + i] for i in range(8)]
+    last = traced("BiLSTM").group("lstm:hidden#4")
+    assert positions(last, "fc.weight", 1) == [[8 + i] for i in range(8)]
 
 
 def test_roles_tell_what_a_product_sums_over() -> None:

@@ -224,6 +224,28 @@ def test_hidden_units_of_a_recurrent_layer_are_cut() -> None:
     assert record.numbers["cut_error"] < 1e-10
 
 
+def test_each_stacked_recurrent_layer_keeps_its_own_highest_units_and_as_many() -> None:
+    torch.manual_seed(0)
+    model = Recurrent().eval()
+    model.rnn = nn.LSTM(6, 10, 2, batch_first=True).eval()
+    original = copy.deepcopy(model)
+    data = Data(calibration=[torch.randn(4, 7, 6) for _ in range(2)])
+    Prune(0.3, pattern=Channels(), correct=False)(model, Context(data, original, original))
+    old = {name: p.detach().double().abs() for name, p in original.rnn.named_parameters()}
+    kept = []
+    for layer, reader in enumerate((old["weight_ih_l1"], original.head.weight.detach().double().abs())):
+        made, recurrent = old[f"weight_ih_l{layer}"], old[f"weight_hh_l{layer}"]
+        rows = made.sum(1).view(4, 10).sum(0) + recurrent.sum(1).view(4, 10).sum(0)
+        kept.append(sorted((rows + recurrent.sum(0) + reader.sum(0)).argsort(descending=True)[:7].tolist()))
+    assert kept[0] != kept[1]
+    for layer, units in enumerate(kept):
+        expected = getattr(original.rnn, f"weight_hh_l{layer}").view(4, 10, 10)[:, units][:, :, units]
+        assert torch.equal(getattr(model.rnn, f"weight_hh_l{layer}").view(4, 7, 7), expected)
+    assert torch.equal(
+        model.rnn.weight_ih_l1.view(4, 7, 7), original.rnn.weight_ih_l1.view(4, 10, 10)[:, kept[1]][:, :, kept[0]]
+    )
+
+
 def test_a_gradient_criterion_ranks_units_by_summed_scores() -> None:
     model = mlp()
     x, y = torch.randn(16, 6), torch.arange(16) % 3

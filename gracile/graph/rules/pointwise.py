@@ -62,7 +62,7 @@ _ZERO_TO_ZERO = (
     "ceil trunc square fill zero native_dropout masked_fill where"
 )
 _COPIES = (
-    "clone detach alias _to_copy contiguous dropout lift_fresh lift_fresh_copy positive view_as_real_copy "
+    "clone alias _to_copy contiguous dropout lift_fresh lift_fresh_copy positive view_as_real_copy "
     "_conj conj resolve_conj bernoulli requires_grad"
 )
 
