@@ -41,8 +41,8 @@ def reallocate(
 
     keep: the widths that the tables of single cuts give; the other start leaves groups that several layers read (a
     residual stream) whole, where the amount can be met so. Each round then measures, around the best trial so far, what
-    other widths of one group would do, and shares out anew; where the trial that this gives is no better, widths may move
-    half as far. Ends early where they stay.
+    other widths of one group would do, and shares out anew; where the trial that this gives is no better, widths may
+    move half as far. Ends early where they stay.
     """
     allocation, repair = step.allocation, step.repair
     assert isinstance(allocation, MeasuredLoss) and repair is not None
@@ -60,12 +60,9 @@ def reallocate(
         inner = [g for g in groups if len(best.reads[g.name]) == 1]
         if 0 < len(inner) < len(groups):
             alone = {g.name: tables[g.name] for g in inner}
-            try:
-                losses.append(
-                    attempt(share_out(alone, allocation, model, traced, groups, scores, step, context, batch))
-                )
-            except ConfigError:  # the amount cannot be met by these groups alone
-                pass
+            with contextlib.suppress(ConfigError):  # the amount cannot be met by these groups alone
+                keep = share_out(alone, allocation, model, traced, groups, scores, step, context, batch)
+                losses.append(attempt(keep))
             least, best = min(losses, key=lambda found: found[0])
     shrink, around, linear = 1.0, None, replace(allocation, power=1.0)
     for _ in range(allocation.rounds):
