@@ -1,6 +1,6 @@
 """Half the hidden units of a GRU and an LSTM cut in one call, distilled, exported, and timed in ONNX Runtime.
 
-    python -m benchmarks.recurrent FOLDER [--net gru] [--epochs 20] [--seed 0]   train, compress, export, time
+    python -m benchmarks.recurrent FOLDER [--net gru] [--epochs 25] [--seed 0]   train, compress, export, time
     python -m benchmarks.recurrent FOLDER --time-only                            time again what the folder holds
     python -m benchmarks.recurrent FOLDER --criteria                             compare criteria before distillation
 
@@ -169,8 +169,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--net", choices=NETS, action="append")
     parser.add_argument("--criterion", choices=CRITERIA, default="gate Fisher")
-    parser.add_argument("--train-epochs", type=int, default=20)
-    parser.add_argument("--epochs", type=int, default=20, help="of distillation")
+    parser.add_argument("--train-epochs", type=int, default=25)
+    parser.add_argument("--epochs", type=int, default=25, help="of distillation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=10.0, help="of timing for each batch size")
     stages = parser.add_mutually_exclusive_group()
