@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=[1.5, 2.0, 3.0, 4.0])
     parser.add_argument("--sentences", type=int, default=3000)
     parser.add_argument("--table-sentences", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=0)
     parser.add_argument("--power", type=float, default=0.5)
     parser.add_argument("--folder", type=Path, default=Path("runs/minilm"))
     parser.add_argument("--seed", type=int, default=0)
@@ -113,7 +114,7 @@ def main() -> None:
             to=gc.MACs(1 / ratio),
             criterion=gc.criteria.OBS(),
             pattern=(gc.Channels(multiple_of=16), gc.Heads()),
-            allocation=gc.allocate.MeasuredLoss(power=args.power, examples=args.table_sentences),
+            allocation=gc.allocate.MeasuredLoss(power=args.power, examples=args.table_sentences, rounds=args.rounds),
             repair=gc.solvers.LeastSquares(),
         )
         result = gc.compress(model, step, data, seed=args.seed)
