@@ -106,7 +106,7 @@ def main() -> None:
     held_out = by_length(texts[-400:], 64, args.seed)
     data = gc.Data(calibration=by_length(texts[: args.sentences], 32, args.seed))
     example = sentences.tokenize(texts[:2], 2, 32)[0]
-    gc.OnnxRuntime().export(model, example, args.folder / "dense")
+    gc.OnnxRuntime().export(model, example, args.folder / "dense.onnx")
     print(json.dumps({"model": "minilm", "spearman": spearman(model), "macs": macs(model)}), flush=True)
     for ratio in args.ratios:
         start = time.perf_counter()
@@ -126,7 +126,7 @@ def main() -> None:
             "kept": {r.name: f"{r.kept}/{r.of}" for r in result.report.steps[0].layers if r.action == "cut"},
         }
         print(json.dumps(row), flush=True)
-        gc.OnnxRuntime().export(result.model, example, args.folder / f"macs_{ratio:g}")
+        gc.OnnxRuntime().export(result.model, example, args.folder / f"macs_{ratio:g}.onnx")
 
 
 if __name__ == "__main__":
