@@ -12,9 +12,8 @@ from torch import nn
 from gracile.errors import ConfigError, NothingChangedError
 from gracile.graph import CutCheck, Trace, check_cut, plan_resize
 from gracile.recipe import Recorder
+from gracile.steps.budget import Keep
 from gracile.surgery import Resize, apply
-
-Keep = dict[str, list[int]]
 
 
 def cut_checked(

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from gracile.context import Context
-from gracile.data import Batch, Data, batch_size, logits_of
+from gracile.data import Batch, Data
 from gracile.errors import ConfigError, DataError, NothingChangedError
 from gracile.graph import Block, find_blocks, trace
-from gracile.modes import eval_mode
 from gracile.nn import build_layer
 from gracile.recipe import Recorder
 from gracile.report.model import LayerRow
@@ -24,6 +23,7 @@ from gracile.stats.match import divergence
 from gracile.steps.budget import cost_of
 from gracile.steps.correct import copy_model
 from gracile.steps.repair import repair_units
+from gracile.steps.tables import outputs_of, some_batches
 from gracile.surgery import Edit, Remove, Resize, Swap, apply
 
 if TYPE_CHECKING:
@@ -92,8 +92,8 @@ def choose_blocks(
 ) -> tuple[list[Block], dict[Block, float]]:
     """Blocks to leave out, in the order chosen, and for every block the last divergence measured with it left out."""
     trial = copy_model(model).eval()
-    batches = _some(context.data, step.pattern.examples)
-    references = _outputs(trial, context.data, batches)
+    batches = some_batches(context.data, step.pattern.examples)
+    references = outputs_of(trial, context.data, batches)
     original = cost_of(step.to, model, context, batch) if step.to is not None else math.nan
     if step.to is not None and original <= step.to.limit(original):
         raise ConfigError(f"Prune(to={step.to}): the model is within this budget already ({original:g}).")
@@ -131,13 +131,13 @@ def removal_edits(model: nn.Module, gone: Sequence[Block], batch: Batch, context
     ordered = sorted(gone, key=lambda block: -place[block.name])
     trial = copy_model(model).eval()
     apply(trial, [_skip(block) for block in gone])
-    expected = _outputs(trial, context.data, [batch])
+    expected = outputs_of(trial, context.data, [batch])
     edits: list[Edit] = []
     for block in ordered:
         candidate = copy.deepcopy(trial)
         try:
             apply(candidate, [Remove(block.name)])
-            same = _same(_outputs(candidate, context.data, [batch]), expected)
+            same = _same(outputs_of(candidate, context.data, [batch]), expected)
         except Exception:  # no list or sequence, or a forward that counts on its length
             same = False
         if same:
@@ -155,11 +155,11 @@ def _cannot_skip(model: nn.Module, block: Block, batch: Batch, context: Context)
 
     trial = copy_model(model).eval()
     handle = trial.get_submodule(block.name).register_forward_hook(replace, with_kwargs=True)
-    expected = _outputs(trial, context.data, [batch])
+    expected = outputs_of(trial, context.data, [batch])
     handle.remove()
     _put(trial, block.name, _skip_module(block, trial))
     try:
-        found = _outputs(trial, context.data, [batch])
+        found = outputs_of(trial, context.data, [batch])
     except Exception as error:
         return f"the model does not run without it: {error}".splitlines()[0]
     return None if _same(found, expected) else "the model needs more of it than its first result"
@@ -187,7 +187,7 @@ def _loss_without(
 ) -> float:
     module = trial.get_submodule(block.name)
     _put(trial, block.name, _skip_module(block, trial))
-    loss = divergence(_outputs(trial, data, batches), references)
+    loss = divergence(outputs_of(trial, data, batches), references)
     _put(trial, block.name, module)
     if not math.isfinite(loss):
         raise DataError(f"The outputs are NaN or infinite without '{block.name}'.\n  Exclude it.")
@@ -209,19 +209,3 @@ def _skip_module(block: Block, model: nn.Module) -> nn.Module:
 
 def _same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     return all(a.shape == b.shape and torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(found, expected))
-
-
-@torch.no_grad()
-def _outputs(model: nn.Module, data: Data, batches: Sequence[Batch]) -> list[Tensor]:
-    with eval_mode(model):
-        return [logits_of(data.forward(model, batch)) for batch in batches]
-
-
-def _some(data: Data, examples: int) -> list[Batch]:
-    batches, count = [], 0
-    for batch in data.calibration_batches:
-        batches.append(batch)
-        count += batch_size(batch)
-        if count >= examples:
-            break
-    return batches

@@ -16,10 +16,9 @@ from gracile.modes import eval_mode
 from gracile.solvers import LeastSquares, Moments
 from gracile.stats.match import split_batches
 from gracile.stats.refit import Refit, refittable
+from gracile.steps.budget import Keep
 from gracile.steps.consumers import input_columns, readers
 from gracile.steps.correct import copy_model
-
-Keep = dict[str, list[int]]
 
 
 @dataclass
@@ -102,8 +101,11 @@ def choose_in_sequence(
 
 
 def _reading(model: nn.Module, group: Group) -> dict[str, Tensor]:
-    weights: dict[str, Any] = {layer: model.get_submodule(layer).weight for layer in readers(model, group)}
-    return {layer: input_columns(m.positions, weights[layer]) for layer, m in readers(model, group).items()}
+    found = {}
+    for layer, member in readers(model, group).items():
+        module: Any = model.get_submodule(layer)
+        found[layer] = input_columns(member.positions, module.weight)
+    return found
 
 
 def _choose(criterion: Any, units: Units, scores: Tensor, count: int) -> list[int]:

@@ -16,6 +16,7 @@ from gracile.criteria import Consumer
 from gracile.data import Batch, Data, batch_size, logits_of
 from gracile.errors import DataError
 from gracile.graph import Group, Trace, cut_macs
+from gracile.modes import eval_mode
 from gracile.solvers import LeastSquares, Moments
 from gracile.stats.match import divergence
 from gracile.steps.sequence import Trial
@@ -51,11 +52,7 @@ def measure_tables(
             with torch.no_grad():
                 for tensor, value in [pair for part in undo for pair in part]:
                     tensor.copy_(value)
-            if not math.isfinite(loss):
-                raise DataError(
-                    f"The outputs are NaN or infinite with {count} of {group.units} units of '{group.name}' removed.\n"
-                    f"  Exclude the layer, or use another allocation."
-                )
+            _check_finite(loss, count, group)
             saved = full - cut_macs(traced, {group.name: kept.tolist()})
             tables[group.name].append(Level(count, loss, float(saved)))
         context.progress("loss tables", done + 1, len(groups))
@@ -88,16 +85,20 @@ def measure_around(
             for layer in trial.reads[group.name]:
                 trial.solve(layer, keep)
             loss = divergence(outputs_of(trial.model, context.data, batches), list(references))
-            if not math.isfinite(loss):
-                raise DataError(
-                    f"The outputs are NaN or infinite with {count} of {group.units} units of '{group.name}' removed.\n"
-                    f"  Exclude the layer, or use another allocation."
-                )
+            _check_finite(loss, count, group)
             tables[group.name].append(Level(count, loss, float(whole - cut_macs(traced, keep)), in_context=True))
         for layer in trial.reads[group.name]:
             trial.solve(layer, trial.keep)
         context.progress("loss tables", done + 1, len(groups))
     return tables
+
+
+def _check_finite(loss: float, count: int, group: Group) -> None:
+    if not math.isfinite(loss):
+        raise DataError(
+            f"The outputs are NaN or infinite with {count} of {group.units} units of '{group.name}' removed.\n"
+            f"  Exclude the layer, or use another allocation."
+        )
 
 
 @torch.no_grad()
@@ -128,8 +129,9 @@ def _refit(model: nn.Module, consumer: Consumer, kept: Tensor, norms: Mapping[st
 
 @torch.no_grad()
 def outputs_of(model: nn.Module, data: Data, batches: Sequence[Batch]) -> list[Tensor]:
-    """The main output of each batch."""
-    return [logits_of(data.forward(model, batch)) for batch in batches]
+    """The main output of each batch, in eval mode."""
+    with eval_mode(model):
+        return [logits_of(data.forward(model, batch)) for batch in batches]
 
 
 def some_batches(data: Data, examples: int) -> list[Batch]:
