@@ -18,7 +18,7 @@ from gracile.modes import eval_mode
 from gracile.recipe import Recorder
 from gracile.stats.match import divergence
 from gracile.steps.budget import Keep
-from gracile.steps.sequence import Trial, choose_in_sequence
+from gracile.steps.sequence import Trial, choose_in_sequence, layers_in_order, targets_of
 from gracile.steps.tables import measure_around, outputs_of, some_batches
 from gracile.steps.widths import share_out
 
@@ -50,8 +50,10 @@ def reallocate(
     batches = some_batches(context.data, allocation.examples)
     references = outputs_of(model, context.data, batches)
 
+    targets = targets_of(model, traced, layers_in_order(model, traced), context)
+
     def attempt(keep: Keep) -> tuple[float, Trial]:
-        trial = choose_in_sequence(model, traced, groups, keep, step.criterion, repair, context)
+        trial = choose_in_sequence(model, traced, groups, keep, step.criterion, repair, context, targets)
         with eval_mode(trial.model):
             return divergence(outputs_of(trial.model, context.data, batches), references), trial
 

@@ -17,6 +17,7 @@ from gracile.solvers import LeastSquares
 from gracile.stats.match import output_error, split_batches
 from gracile.stats.refit import Refit, refit, refittable
 from gracile.steps.correct import copy_model, correct_statistics
+from gracile.steps.sequence import targets_of
 from gracile.surgery import Resize
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def repair_units(
         return
     plain, plain_recorder = copy_model(model), Recorder(step)
     without = _settle(plain, reference, step, context, plain_recorder, kept)
-    layers = _refit(model, reference, traced, edit, step.repair, context, first)
+    layers, skipped = _refit(model, reference, traced, edit, step.repair, context, first)
     refitted_recorder = Recorder(step)
     error = _settle(model, reference, step, context, refitted_recorder, kept)
     accepted = error < without
@@ -56,6 +57,8 @@ def repair_units(
         recorder.layers.extend(
             LayerRow(name=n, kind=type(model.get_submodule(n)).__name__, action="refitted") for n in layers
         )
+        for name, reason in skipped.items():
+            recorder.skip(name, type(model.get_submodule(name)).__name__, f"not refitted: {reason}")
     recorder.layers.extend(chosen.layers)
     recorder.notes.extend(chosen.notes)
     recorder.numbers.update(chosen.numbers)
@@ -88,29 +91,20 @@ def _refit(
     solver: LeastSquares,
     context: Context,
     first: str | None,
-) -> list[str]:
-    """Refit every layer that can be, from `first` or the first that lost inputs on; returns their names."""
+) -> tuple[list[str], dict[str, str]]:
+    """Refit every layer that can be, from `first` or the first that lost inputs on: their names, and why not others."""
     order = [layer.name for layer in traced.layers if layer.calls == 1]
     starts = [name for name in order if name == first or (first is None and f"{name}.weight:1" in edit.keep)]
     if not starts:
-        return []
+        return [], {}
     later = order[order.index(starts[0]) :]
     layers = [n for n in later if refittable(model.get_submodule(n)) and refittable(reference.get_submodule(n))]
     rows = {n: torch.tensor(edit.keep[f"{n}.weight:0"]) for n in layers if f"{n}.weight:0" in edit.keep}
-    repair = Refit(
-        model,
-        reference,
-        split_batches(context.data)[0],
-        context.data,
-        solver,
-        context.generator("refit"),
-        kept=rows,
-        norms=dict(traced.batch_norm_pairs()),
-        summed=frozenset(name for name in layers if traced.feeds_sum(name)),
-    )
+    targets = targets_of(reference, traced, layers, context)
+    repair = Refit(model, targets, solver, kept=rows, norms=dict(traced.batch_norm_pairs()))
     with eval_mode(model, reference):
-        refit(repair, layers, on_layer=lambda n: context.progress("refit", n, len(layers)))
-    return layers
+        skipped = refit(repair, layers, on_layer=lambda n: context.progress("refit", n, len(layers)))
+    return [name for name in layers if name not in skipped], skipped
 
 
 def kept_outputs(edit: Resize) -> dict[str, Tensor]:

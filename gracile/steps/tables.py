@@ -18,7 +18,7 @@ from gracile.errors import DataError
 from gracile.graph import Group, Trace, cut_macs
 from gracile.modes import eval_mode
 from gracile.solvers import LeastSquares, Moments
-from gracile.stats.match import divergence
+from gracile.stats.match import divergence, split_batches
 from gracile.steps.sequence import Trial
 
 
@@ -109,8 +109,8 @@ def _refit(model: nn.Module, consumer: Consumer, kept: Tensor, norms: Mapping[st
     read = torch.zeros(weight.shape[1], dtype=torch.bool)
     read[consumer.columns.flatten()] = True
     left = torch.cat([(~read).nonzero().squeeze(1), consumer.columns[kept].flatten()])
-    moments = Moments(gram[left][:, left], gram[:, left], mean[left], mean)
-    solved, _ = LeastSquares()(weight, weight[:, left], moments, centre=False)
+    moments = Moments(gram, weight @ gram, mean, weight @ mean).keep(left)
+    solved, _ = LeastSquares()(weight[:, left], moments, centre=False)
     refitted = torch.zeros_like(weight)
     refitted[:, left] = solved
     changed = [(layer.weight, refitted.reshape(layer.weight.shape))]
@@ -135,9 +135,10 @@ def outputs_of(model: nn.Module, data: Data, batches: Sequence[Batch]) -> list[T
 
 
 def some_batches(data: Data, examples: int) -> list[Batch]:
-    """The first calibration batches that hold at least so many examples."""
+    """Calibration batches that hold at least so many examples; first those that nothing is fitted on."""
+    fitted, held_out = split_batches(data)
     batches, count = [], 0
-    for batch in data.calibration_batches:
+    for batch in [*held_out, *fitted]:
         batches.append(batch)
         count += batch_size(batch)
         if count >= examples:

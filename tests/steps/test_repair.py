@@ -73,9 +73,10 @@ def test_a_refit_that_makes_it_worse_is_taken_back(monkeypatch: pytest.MonkeyPat
 
     plain = compressed(None)
 
-    def spoil(repair: Refit, *rest: object, **settings: object) -> None:
+    def spoil(repair: Refit, *rest: object, **settings: object) -> dict[str, str]:
         with torch.no_grad():
             repair.model.get_parameter("b.weight").mul_(-3)
+        return {}
 
     monkeypatch.setattr(module, "refit", spoil)
     result = compressed(LeastSquares())
