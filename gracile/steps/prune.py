@@ -21,9 +21,9 @@ from gracile.patterns import NM, Channels, Heads, Layers, Unstructured
 from gracile.recipe import Recorder, Step
 from gracile.report.model import StepRecord
 from gracile.select import check_exclude
+from gracile.sharing import own_parameters, share_parameters
 from gracile.solvers import LeastSquares
 from gracile.stats.collect import first_batch
-from gracile.steps.correct import copy_model
 from gracile.steps.prune_layers import prune_layers
 from gracile.steps.prune_units import prune_units
 from gracile.steps.prune_weights import prune_weights
@@ -138,6 +138,10 @@ class Prune(Step):
         return next(pattern for pattern in self.patterns if kind in pattern.kinds)
 
     @property
+    def replaces_tensors(self) -> bool:
+        return self.cuts_units
+
+    @property
     def title(self) -> str:
         names = {Channels: "channels", Heads: "heads", Layers: "layers"}
         what = " and ".join(names.get(type(pattern), "weights") for pattern in self.patterns)
@@ -172,7 +176,9 @@ class Prune(Step):
         each group that would be cut or is left out with its reason; `numbers` holds parameters and multiply-accumulates
         of one example before and after. Raises what the step would raise.
         """
-        original, work = copy_model(model).eval(), copy_model(model)
+        original, work = share_parameters(model).eval(), share_parameters(model)
+        if not self.replaces_tensors:
+            own_parameters(work, model)
         context = Context(data=data, original=original, teacher=original, target=target, seed=derive_seed(seed, 0))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "step", 0))

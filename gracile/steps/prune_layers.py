@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,10 +17,10 @@ from gracile.nn import build_layer
 from gracile.recipe import Recorder
 from gracile.report.model import LayerRow
 from gracile.select import Select
+from gracile.sharing import share_parameters
 from gracile.stats.collect import first_batch
 from gracile.stats.match import divergence
 from gracile.steps.budget import cost_of
-from gracile.steps.correct import copy_model
 from gracile.steps.repair import repair_units
 from gracile.steps.tables import outputs_of, some_batches
 from gracile.surgery import Edit, Remove, Resize, Swap, apply
@@ -45,7 +44,7 @@ def prune_layers(model: nn.Module, step: Prune, context: Context, recorder: Reco
         recorder.layers.append(LayerRow(name=block.name, kind=block.kind, action=action, error=losses[block]))
     recorder.numbers["blocks_removed"] = len(gone)
     recorder.numbers["divergence"] = losses[gone[-1]]
-    reference = copy_model(model)
+    reference = share_parameters(model)
     edits = removal_edits(model, gone, batch, context)
     apply(model, [_skip(block) for block in gone])  # all names stay, so that layers are compared with their originals
     _repair(model, reference, gone, batch, step, context, recorder)
@@ -91,7 +90,7 @@ def choose_blocks(
     model: nn.Module, blocks: Sequence[Block], batch: Batch, step: Prune, context: Context
 ) -> tuple[list[Block], dict[Block, float]]:
     """Blocks to leave out, in the order chosen, and for every block the last divergence measured with it left out."""
-    trial = copy_model(model).eval()
+    trial = share_parameters(model).eval()
     batches = some_batches(context.data, step.pattern.examples)
     references = outputs_of(trial, context.data, batches)
     original = cost_of(step.to, model, context, batch) if step.to is not None else math.nan
@@ -129,12 +128,12 @@ def removal_edits(model: nn.Module, gone: Sequence[Block], batch: Batch, context
     """
     place = {name: i for i, (name, _) in enumerate(model.named_modules())}
     ordered = sorted(gone, key=lambda block: -place[block.name])
-    trial = copy_model(model).eval()
+    trial = share_parameters(model).eval()
     apply(trial, [_skip(block) for block in gone])
     expected = outputs_of(trial, context.data, [batch])
     edits: list[Edit] = []
     for block in ordered:
-        candidate = copy.deepcopy(trial)
+        candidate = share_parameters(trial)
         try:
             apply(candidate, [Remove(block.name)])
             same = _same(outputs_of(candidate, context.data, [batch]), expected)
@@ -153,7 +152,7 @@ def _cannot_skip(model: nn.Module, block: Block, batch: Batch, context: Context)
         x = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
         return (x, *output[1:]) if isinstance(output, tuple) else x
 
-    trial = copy_model(model).eval()
+    trial = share_parameters(model).eval()
     handle = trial.get_submodule(block.name).register_forward_hook(replace, with_kwargs=True)
     expected = outputs_of(trial, context.data, [batch])
     handle.remove()

@@ -19,10 +19,10 @@ from gracile.patterns import reduce_scores, unit_norms
 from gracile.recipe import Recorder
 from gracile.report.model import LayerRow
 from gracile.select import Select
+from gracile.sharing import share_parameters
 from gracile.stats.collect import first_batch
 from gracile.steps.budget import meet_budget
 from gracile.steps.consumers import collect_consumers, readers
-from gracile.steps.correct import copy_model
 from gracile.steps.cut import Keep, cut_checked
 from gracile.steps.reallocate import reallocate
 from gracile.steps.repair import repair_units
@@ -60,7 +60,7 @@ def prune_units(model: nn.Module, step: Prune, context: Context, recorder: Recor
             f"Prune: no unit was removed from {len(groups)} groups; each keeps at least one, none scored low enough.\n"
             f"  Raise the amount; `gracile inspect` shows the groups and their sizes."
         )
-    reference = copy_model(model)
+    reference = share_parameters(model)  # a cut makes new tensors
     checked = list(itertools.islice(context.data.calibration_batches, CHECKED_BATCHES))
     keep, edit = cut_checked(
         model, traced, keep, lambda net: [context.data.forward(net, each) for each in checked], recorder
@@ -73,8 +73,7 @@ def prune_units(model: nn.Module, step: Prune, context: Context, recorder: Recor
                 LayerRow(name=group.name, kind=group.kind, action="cut", kept=kept, of=group.units, reason=group.exact)
             )
     recorder.numbers["units_removed"] = sum(traced.group(name).units - len(kept) for name, kept in keep.items())
-    if context.data.has_calibration:
-        repair_units(model, reference, traced, edit, step, context, recorder)
+    repair_units(model, reference, traced, edit, step, context, recorder)
 
 
 def reads_inputs(step: Prune) -> bool:
