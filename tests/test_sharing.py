@@ -87,7 +87,7 @@ STEPS = (
 
 
 @pytest.mark.parametrize("first", STEPS, ids=str)
-@pytest.mark.parametrize("second", (None, Doubled()), ids=str)
+@pytest.mark.parametrize("second", [None, Doubled()], ids=str)
 def test_no_step_and_no_use_of_the_result_reaches_the_model_given(first: Step, second: Step | None) -> None:
     """Steps that get the model's own numbers, and a step that writes behind them."""
     model = stack()
