@@ -37,7 +37,8 @@ def repair_units(
     """Refit (if the step has a repair) and correct (if it says so) the cut model towards the one before the cut.
 
     The refit is kept if the output error on held-out calibration batches is lower with it than without.
-    first: the layer from which on to refit; None: the first that lost inputs.
+    first: a layer whose inputs have changed otherwise. Layers are refitted from there or from the first that lost
+        inputs on, whichever comes first.
     """
     kept = kept_outputs(edit)
     if step.repair is None and not step.correct:
@@ -126,9 +127,9 @@ def _refit(
     context: Context,
     first: str | None,
 ) -> list[str]:
-    """Refit every layer that can be, from `first` or the first that lost inputs on; returns their names."""
+    """Refit every layer that can be, from the earlier of `first` and the first that lost inputs on; their names."""
     order = [layer.name for layer in traced.layers if layer.calls == 1]
-    starts = [name for name in order if name == first or (first is None and f"{name}.weight:1" in edit.keep)]
+    starts = [name for name in order if name == first or f"{name}.weight:1" in edit.keep]
     if not starts:
         return []
     later = order[order.index(starts[0]) :]
