@@ -143,6 +143,7 @@ class Layers:
 
     examples: int = 512
     candidates: int = 4
+    kinds: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         for name in ("examples", "candidates"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -34,7 +34,8 @@ def prune_layers(model: nn.Module, step: Prune, context: Context, recorder: Reco
             f"Prune: none of {len(blocks)} residual blocks was removed; without the cheapest the outputs diverge by "
             f"{order.least:.3g}.\n  Raise the amount."
         )
-    record_blocks(blocks, order.gone, order, recorder)
+    record_blocks(blocks, order.gone, order.losses, order.compared, recorder)
+    recorder.numbers["divergence"] = order.losses[order.gone[-1]]
     reference = share_parameters(model)
     edits = removal_edits(model, order.gone, batch, context)
     skip_blocks(model, order.gone)
@@ -89,18 +90,22 @@ def _take(
             reached = cost_of(step.to, order.trial, context, batch)
 
 
-def record_blocks(blocks: Sequence[Block], gone: Sequence[Block], order: BlockOrder, recorder: Recorder) -> None:
-    """A row for each block, and what was compared."""
+def record_blocks(
+    blocks: Sequence[Block],
+    gone: Sequence[Block],
+    losses: Mapping[Block, float],
+    compared: Sequence[Mapping[str, float]],
+    recorder: Recorder,
+) -> None:
+    """A row for each block, and what was compared for each one gone (see `BlockOrder`)."""
     for block in blocks:
         action = "removed" if block in gone else "kept"
-        recorder.layers.append(LayerRow(name=block.name, kind=block.kind, action=action, error=order.losses[block]))
+        recorder.layers.append(LayerRow(name=block.name, kind=block.kind, action=action, error=losses[block]))
     recorder.numbers["blocks_removed"] = len(gone)
     recorder.notes.append(
         "The rows give the divergence of the outputs from the original's when a block was removed beside those gone "
         "before, nothing being repaired; of a block kept, what removing it next would make it."
     )
-    for number, found in enumerate(order.compared[: len(gone)], start=1):
+    for number, found in enumerate(compared[: len(gone)], start=1):
         shown = ", ".join(f"{name} {loss:.3g}" for name, loss in found.items())
         recorder.notes.append(f"Block {number} by the divergence after repair on held-out batches: {shown}.")
-    if gone:
-        recorder.numbers["divergence"] = order.losses[gone[-1]]
