@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from gracile.evaluate.latency import measure_latency
 from gracile.evaluate.size import state_bytes
 from gracile.goal import Budget, Bytes, Latency, MACs, Parameters
 from gracile.graph import Trace, cut_macs, plan_resize, trace
+from gracile.sharing import share_parameters
 from gracile.surgery import apply
 
 Keep = dict[str, list[int]]
@@ -86,7 +86,7 @@ def cost_of(budget: Budget, model: nn.Module, context: Context, batch: Batch) ->
 
 
 def _cut(model: nn.Module, traced: Trace, keep: Mapping[str, Sequence[int]]) -> nn.Module:
-    trial = copy.deepcopy(model)
+    trial = share_parameters(model)
     if keep:
         apply(trial, [plan_resize(traced, keep)])
     return trial

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 from gracile.errors import ConfigError, NothingChangedError
 from gracile.graph import CutCheck, Trace, check_cut, plan_resize
 from gracile.recipe import Recorder
+from gracile.sharing import share_parameters
 from gracile.steps.budget import Keep
 from gracile.surgery import Resize, apply
 
@@ -98,7 +98,7 @@ class _Trials:
     def _try(self, sets: list[tuple[str, ...]]) -> tuple[CutCheck | None, str | None]:
         """The check of a trial cut, and why it does not pass."""
         keep = self.kept(sets)
-        trial = _share(self.model)
+        trial = share_parameters(self.model)
         try:
             apply(trial, [plan_resize(self.traced, keep)])
         except ConfigError as error:  # groups that cannot be cut together
@@ -120,9 +120,3 @@ def _tied_sets(traced: Trace, keep: Keep) -> list[tuple[str, ...]]:
     for name in keep:
         sets.setdefault(traced.group(name).tied_count or f"\0{name}", []).append(name)
     return [tuple(names) for names in sets.values()]
-
-
-def _share(model: nn.Module) -> nn.Module:
-    """A copy of the modules that shares the tensors: cutting it makes new ones for what is cut."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

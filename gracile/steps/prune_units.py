@@ -19,10 +19,10 @@ from gracile.patterns import reduce_scores, unit_norms
 from gracile.recipe import Recorder
 from gracile.report.model import LayerRow
 from gracile.select import Select
+from gracile.sharing import share_parameters
 from gracile.stats.collect import first_batch
 from gracile.steps.budget import meet_budget
 from gracile.steps.consumers import collect_consumers, readers
-from gracile.steps.correct import copy_model
 from gracile.steps.cut import Keep, cut_checked
 from gracile.steps.reallocate import reallocate
 from gracile.steps.repair import repair_units
@@ -40,8 +40,20 @@ if TYPE_CHECKING:
 CHECKED_BATCHES = 3
 
 
-def prune_units(model: nn.Module, step: Prune, context: Context, recorder: Recorder) -> None:
-    """Cut the lowest-scored units of the selected groups, check the result, and correct statistics."""
+def prune_units(
+    model: nn.Module,
+    step: Prune,
+    context: Context,
+    recorder: Recorder,
+    *,
+    reference: nn.Module | None = None,
+    first: str | None = None,
+) -> None:
+    """Cut the lowest-scored units of the selected groups, check the result, and correct statistics.
+
+    reference: what the cut model is repaired towards; None: the model before the cut. Another one has all layers of the
+        model, of the same shapes. first: a layer whose inputs differ from the reference's before any cut.
+    """
     batch = first_batch(context.data)
 
     def run(net: nn.Module) -> Any:
@@ -60,7 +72,7 @@ def prune_units(model: nn.Module, step: Prune, context: Context, recorder: Recor
             f"Prune: no unit was removed from {len(groups)} groups; each keeps at least one, none scored low enough.\n"
             f"  Raise the amount; `gracile inspect` shows the groups and their sizes."
         )
-    reference = copy_model(model)
+    reference = reference or share_parameters(model)  # a cut makes new tensors
     checked = list(itertools.islice(context.data.calibration_batches, CHECKED_BATCHES))
     keep, edit = cut_checked(
         model, traced, keep, lambda net: [context.data.forward(net, each) for each in checked], recorder
@@ -73,8 +85,7 @@ def prune_units(model: nn.Module, step: Prune, context: Context, recorder: Recor
                 LayerRow(name=group.name, kind=group.kind, action="cut", kept=kept, of=group.units, reason=group.exact)
             )
     recorder.numbers["units_removed"] = sum(traced.group(name).units - len(kept) for name, kept in keep.items())
-    if context.data.has_calibration:
-        repair_units(model, reference, traced, edit, step, context, recorder)
+    repair_units(model, reference, traced, edit, step, context, recorder, first)
 
 
 def reads_inputs(step: Prune) -> bool:

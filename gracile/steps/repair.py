@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,11 @@ from gracile.graph import Trace
 from gracile.modes import eval_mode
 from gracile.recipe import Recorder
 from gracile.report.model import LayerRow
+from gracile.sharing import own_parameters
 from gracile.solvers import LeastSquares
 from gracile.stats.match import output_error, split_batches
 from gracile.stats.refit import Refit, refit, refittable
-from gracile.steps.correct import copy_model, correct_statistics
+from gracile.steps.correct import correct_statistics
 from gracile.steps.sequence import targets_of
 from gracile.surgery import Resize
 
@@ -37,21 +38,27 @@ def repair_units(
     """Refit (if the step has a repair) and correct (if it says so) the cut model towards the one before the cut.
 
     The refit is kept if the output error on held-out calibration batches is lower with it than without.
-    first: the layer from which on to refit; None: the first that lost inputs.
+    first: a layer whose inputs have changed otherwise. Layers are refitted from there or from the first that lost
+        inputs on, whichever comes first.
     """
     kept = kept_outputs(edit)
-    if step.repair is None:
-        if step.correct:
-            correct_statistics(model, reference, context, recorder, kept)
+    if step.repair is None and not step.correct:
         return
-    plain, plain_recorder = copy_model(model), Recorder(step)
-    without = _settle(plain, reference, step, context, plain_recorder, kept)
+    own_parameters(model, reference)
+    if step.repair is None:
+        correct_statistics(model, reference, context, recorder, kept)
+        return
+    cut, plain_recorder = _vectors(model), Recorder(step)
+    without = _settle(model, reference, step, context, plain_recorder, kept)
+    plain = _vectors(model)
+    _put(model, cut)
     layers, skipped = _refit(model, reference, traced, edit, step.repair, context, first)
     refitted_recorder = Recorder(step)
     error = _settle(model, reference, step, context, refitted_recorder, kept)
     accepted = error < without
     if not accepted:
-        model.load_state_dict(plain.state_dict())
+        _undo_refit(model, reference, edit, layers)
+        _put(model, plain)
     chosen = refitted_recorder if accepted else plain_recorder
     if accepted:
         recorder.layers.extend(
@@ -67,6 +74,37 @@ def repair_units(
         f"The least-squares refit of {len(layers)} layers {'was kept' if accepted else 'was taken back'}: "
         f"output error on held-out batches {error:.3g} with it, {without:.3g} without."
     )
+
+
+def _vectors(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the biases and statistics: all that a correction changes, and of a refit all but the weights."""
+    return {name: t.detach().clone() for name, t in _tensors(model).items() if t.ndim < 2}
+
+
+@torch.no_grad()
+def _put(model: nn.Module, vectors: Mapping[str, Tensor]) -> None:
+    tensors = _tensors(model)
+    for name, value in vectors.items():
+        tensors[name].copy_(value)
+
+
+@torch.no_grad()
+def _undo_refit(model: nn.Module, reference: nn.Module, edit: Resize, layers: list[str]) -> None:
+    """Give refitted layers the weights that the cut left them: cut from the reference's again, one by one."""
+    for name in layers:
+        whole: Any = reference.get_submodule(name).weight
+        names = [n for n, p in reference.named_parameters(remove_duplicate=False) if p is whole]  # several if tied
+        weight = whole
+        for axis in range(whole.ndim):
+            indices = next((edit.keep[f"{n}:{axis}"] for n in names if f"{n}:{axis}" in edit.keep), None)
+            if indices is not None:
+                weight = weight.index_select(axis, torch.tensor(indices, device=weight.device))
+        cut: Any = model.get_submodule(name).weight
+        cut.copy_(weight)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def _settle(
@@ -92,9 +130,12 @@ def _refit(
     context: Context,
     first: str | None,
 ) -> tuple[list[str], dict[str, str]]:
-    """Refit every layer that can be, from `first` or the first that lost inputs on: their names, and why not others."""
+    """Refit every layer that can be, from the earlier of `first` and the first that lost inputs on.
+
+    Returns their names, and why others were not.
+    """
     order = [layer.name for layer in traced.layers if layer.calls == 1]
-    starts = [name for name in order if name == first or (first is None and f"{name}.weight:1" in edit.keep)]
+    starts = [name for name in order if name == first or f"{name}.weight:1" in edit.keep]
     if not starts:
         return [], {}
     later = order[order.index(starts[0]) :]
