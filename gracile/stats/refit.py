@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gracile.solvers import LeastSquares, Moments
 from gracile.stats.collect import unfoldable
+from gracile.stats.replay import Replay
 from gracile.stats.rows import count_rows, input_rows, rows_at
 from gracile.stats.sums import read_inputs, read_layer
 from gracile.stats.targets import Targets
@@ -45,6 +46,9 @@ class Refit:
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     norms: Mapping[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.replay = Replay(self.model, self.targets.data, self.targets.batches)
+
     def centred(self, name: str) -> bool:
         """Whether the layer's outputs may shift by a constant, so that second moments are about the mean."""
         return self.model.get_submodule(name).bias is not None or name in self.norms
@@ -53,13 +57,15 @@ class Refit:
     def measure(self, name: str) -> Moments:
         """Moments of the layer's present inputs and of what it should make of them, at the targets' rows.
 
+        The model must not change any more before the layer: forwards start there from now on.
         Raises CannotRefitError where the layer gets another number of tokens than in the original (a router's choice).
         """
         target, layer = self.targets.of(name), self.model.get_submodule(name)
+        self.replay.seek(name)
         total = _Sums()
-        for i, batch in enumerate(self.targets.batches):
-            summed = self.targets.sums.get(name) if target.streams else None
-            x, stream = read_layer(self.model, name, partial(self.targets.data.forward, batch=batch), summed)
+        summed = self.targets.sums.get(name) if target.streams else None
+        for i in range(len(self.targets.batches)):
+            x, stream = read_layer(self.model, name, partial(self._run, i), summed)
             inputs, wanted = self._inputs(name, x, i), self._rows(name, target.outputs[i])
             if stream is not None:
                 stream0 = self._rows(name, target.streams[i])
@@ -72,8 +78,8 @@ class Refit:
         """Moments of several layers in one forward of each batch, without the error of a stream."""
         names = list(names)
         totals = {name: _Sums() for name in names}
-        for i, batch in enumerate(self.targets.batches):
-            inputs = read_inputs(self.model, names, partial(self.targets.data.forward, batch=batch))
+        for i in range(len(self.targets.batches)):
+            inputs = read_inputs(self.model, names, partial(self._run, i))
             for name in names:
                 outputs = self.targets.of(name).outputs[i]
                 totals[name].add(self._inputs(name, inputs[name], i), self._rows(name, outputs))
@@ -103,6 +109,9 @@ class Refit:
             norm0: Any = self.targets.original.get_submodule(self.norms[name])
             if norm.running_mean is not None:  # without, it takes out the mean of the batch by itself
                 norm.running_mean.copy_(norm0.running_mean[rows].double().cpu() - shift)
+
+    def _run(self, index: int, model: nn.Module) -> Any:
+        return self.replay.run(index)
 
     def _inputs(self, name: str, x: Tensor, batch: int) -> Tensor:
         layer, target = self.model.get_submodule(name), self.targets.of(name)
@@ -158,4 +167,5 @@ def refit(repair: Refit, layers: Sequence[str], *, on_layer: Callable[[int], Non
             skipped[name] = str(error)
         if on_layer is not None:
             on_layer(done + 1)
+    repair.replay.clear()
     return skipped

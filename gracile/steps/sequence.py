@@ -50,7 +50,7 @@ class Trial:
                 gone = torch.ones(len(columns), dtype=torch.bool)
                 gone[list(keep[name])] = False
                 left[columns[gone].flatten()] = False
-        self.repair.solve(layer, self.moments[layer], None if bool(left.all()) else left.nonzero().squeeze(1))
+        self.repair.solve(layer, self.moments[layer], left.nonzero().squeeze(1))
 
 
 def choose_in_sequence(
@@ -90,6 +90,7 @@ def choose_in_sequence(
             except CannotRefitError:
                 waiting -= {name for name in waiting if layer in reads[name]}
             context.progress("choose units", done + 1, len(layers))
+    repair.replay.clear()
     return trial
 
 
@@ -134,7 +135,7 @@ def _consumers(trial: Trial, group: str) -> tuple[Consumer, ...]:
     present = trial.moments | (repair.measure_inputs(later) if later else {})
     for layer, columns in trial.reads[group].items():
         moments = present[layer]
-        repair.solve(layer, moments)
+        repair.solve(layer, moments, torch.arange(len(moments.mean)))
         weight: Tensor = trial.model.get_submodule(layer).weight.detach()  # type: ignore[operator,union-attr,assignment]
         gram = moments.gram
         if repair.centred(layer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from gracile.graph import Group, Trace, cut_macs
 from gracile.modes import eval_mode
 from gracile.solvers import LeastSquares, Moments
 from gracile.stats.match import divergence, split_batches
+from gracile.stats.replay import Replay
 from gracile.steps.sequence import Trial
 
 
@@ -39,16 +40,19 @@ def measure_tables(
     batches = some_batches(context.data, allocation.examples)
     trial = copy.deepcopy(model).eval()
     references = outputs_of(trial, context.data, batches)
+    replay = Replay(trial, context.data, batches)
     norms = dict(traced.batch_norm_pairs())
     full = cut_macs(traced, {})
     tables: dict[str, list[Level]] = {}
-    for done, group in enumerate(groups):
+    reads = {group.name: [consumer.layer for consumer in consumers[group.name]] for group in groups}
+    for done, (group, first) in enumerate(_in_order(groups, reads, traced)):
+        replay.seek(first)
         order = torch.argsort(scores[group.name], stable=True)
         tables[group.name] = []
         for count in allocation.counts(group.units):
             kept = order[count:].sort().values
             undo = [_refit(trial, consumer, kept, norms) for consumer in consumers[group.name]]
-            loss = divergence(outputs_of(trial, context.data, batches), references)
+            loss = divergence(_outputs(replay), references)
             with torch.no_grad():
                 for tensor, value in [pair for part in undo for pair in part]:
                     tensor.copy_(value)
@@ -73,8 +77,10 @@ def measure_around(
 
     Only the layers that read a group are refitted to its other widths; references: outputs of the original.
     """
+    replay = Replay(trial.model, context.data, batches)
     tables: dict[str, list[Level]] = {}
-    for done, group in enumerate(groups):
+    for done, (group, first) in enumerate(_in_order(groups, trial.reads, traced)):
+        replay.seek(first)
         kept = trial.keep.get(group.name, list(range(group.units)))
         best = trial.scores[group.name].argsort(descending=True, stable=True).tolist()
         whole = cut_macs(traced, {**trial.keep, group.name: list(range(group.units))})
@@ -84,13 +90,25 @@ def measure_around(
             keep = {**trial.keep, group.name: kept if width == len(kept) else sorted(best[:width])}
             for layer in trial.reads[group.name]:
                 trial.solve(layer, keep)
-            loss = divergence(outputs_of(trial.model, context.data, batches), list(references))
+            loss = divergence(_outputs(replay), list(references))
             _check_finite(loss, count, group)
             tables[group.name].append(Level(count, loss, float(whole - cut_macs(traced, keep)), in_context=True))
         for layer in trial.reads[group.name]:
             trial.solve(layer, trial.keep)
         context.progress("loss tables", done + 1, len(groups))
     return tables
+
+
+def _in_order(groups: Sequence[Group], reads: Mapping[str, Iterable[str]], traced: Trace) -> list[tuple[Group, str]]:
+    """Groups with the first layer that reads each, in the order in which the forward calls these."""
+    place = {layer.name: i for i, layer in enumerate(traced.layers)}
+    firsts = [(group, min(reads[group.name], key=place.__getitem__)) for group in groups]
+    return sorted(firsts, key=lambda pair: place[pair[1]])
+
+
+@torch.no_grad()
+def _outputs(replay: Replay) -> list[Tensor]:
+    return [logits_of(replay.run(i)) for i in range(len(replay.batches))]
 
 
 def _check_finite(loss: float, count: int, group: Group) -> None:
