@@ -91,7 +91,7 @@ def main() -> None:
             if args.tune:
                 losses = (gc.losses.SoftLabels(temperature=3.0),)
                 steps.append(gc.Distill(losses=losses, epochs=args.tune, mixed_precision=True))
-            result = gc.compress(model, steps, data, seed=args.seed)
+            result = gc.compress(model, gc.Recipe(*steps), data, seed=args.seed)
             seconds = time.perf_counter() - start
             macs = trace(result.model, lambda net: net(test[:1])).macs
             row = {"ratio": dense / macs, "variant": name, "accuracy": accuracy(result.model, test, answers)}
