@@ -17,7 +17,7 @@ from gracile.solvers import LeastSquares, Moments
 from gracile.stats.match import split_batches
 from gracile.stats.refit import Refit, refittable
 from gracile.steps.budget import Keep
-from gracile.steps.consumers import input_columns, readers
+from gracile.steps.consumers import input_columns, readers, tied_layers
 from gracile.steps.correct import copy_model
 
 
@@ -69,7 +69,8 @@ def choose_in_sequence(
     with a reader that is called more than once keeps the units that `keep` has.
     """
     calls = {layer.name: layer.calls for layer in traced.layers}
-    order = [n for n, count in calls.items() if count == 1 and refittable(model.get_submodule(n))]
+    tied = tied_layers(model)
+    order = [n for n, count in calls.items() if count == 1 and n not in tied and refittable(model.get_submodule(n))]
     reads = {g.name: _reading(model, g) for g in groups}
     repair = Refit(
         copy_model(model),
