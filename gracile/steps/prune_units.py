@@ -30,7 +30,7 @@ from gracile.steps.scores import score_weights
 from gracile.steps.sequence import choose_in_sequence
 from gracile.steps.tables import measure_tables
 from gracile.steps.units import exchange_units, score_groups
-from gracile.steps.widths import keep_highest, share_out
+from gracile.steps.widths import keep_highest, share_out, weights_per_unit
 
 if TYPE_CHECKING:
     from gracile.steps.prune import Prune
@@ -111,7 +111,7 @@ def select_groups(model: nn.Module, traced: Trace, step: Prune, context: Context
         if group.kind not in step.kinds:
             continue
         producers = _layers(group, "producer") or [group.name]
-        makers = _makers(group, traced) or producers
+        makers = _makers(model, group, traced) or producers
         if not any(select.matches(layer) for layer in makers):
             continue
         outside = [layer for layer in makers if not select.matches(layer)]
@@ -213,7 +213,7 @@ def _by_function(
 ) -> Keep:
     """Widths by an allocation that looks at the scores alone."""
     allocation: Any = step.allocation or GlobalRank()
-    costs = {g.name: float(_weights_per_unit(model, g)) for g in groups}
+    costs = {g.name: float(weights_per_unit(model, g)) for g in groups}
 
     def at(fraction: float) -> Keep:
         if fraction <= 0:
@@ -231,17 +231,17 @@ def _layers(group: Group, role: str) -> list[str]:
     return sorted({m.tensor.rpartition(".")[0] for m in group.members if m.role == role})
 
 
-def _makers(group: Group, traced: Trace) -> list[str]:
-    """The layers whose weight matrices make the group's units."""
-    matrices = [m for m in group.members if m.role == "producer" and len(traced.axes[m.tensor]) > 1]
-    return sorted({m.tensor.rpartition(".")[0] for m in matrices})
+def _makers(model: nn.Module, group: Group, traced: Trace) -> list[str]:
+    """The layers whose weight matrices make the group's units.
 
-
-def _weights_per_unit(model: nn.Module, group: Group) -> int:
-    total = 0
+    A matrix that an embedding shares with the layer that reads its units is a consumer, and makes them all the same.
+    """
+    embeddings = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
     tensors = dict(model.named_parameters(remove_duplicate=False))
+    found = set()
     for member in group.members:
-        if member.tensor in tensors:
-            tensor = tensors[member.tensor]
-            total += tensor.numel() // tensor.shape[member.axis] * member.positions.shape[1]
-    return total
+        if member.role == "producer" and len(traced.axes[member.tensor]) > 1:
+            found.add(member.tensor.rpartition(".")[0])
+        elif member.axis == 1 and id(tensors.get(member.tensor)) in embeddings:
+            found.add(embeddings[id(tensors[member.tensor])])
+    return sorted(found)

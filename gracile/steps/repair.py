@@ -17,6 +17,7 @@ from gracile.sharing import own_parameters
 from gracile.solvers import LeastSquares
 from gracile.stats.match import output_error, split_batches
 from gracile.stats.refit import Refit, refit, refittable
+from gracile.steps.consumers import tied_layers
 from gracile.steps.correct import correct_statistics
 from gracile.steps.sequence import targets_of
 from gracile.surgery import Resize
@@ -134,7 +135,8 @@ def _refit(
 
     Returns their names, and why others were not.
     """
-    order = [layer.name for layer in traced.layers if layer.calls == 1]
+    tied = tied_layers(model)
+    order = [layer.name for layer in traced.layers if layer.calls == 1 and layer.name not in tied]
     starts = [name for name in order if name == first or f"{name}.weight:1" in edit.keep]
     if not starts:
         return [], {}

@@ -18,7 +18,7 @@ from gracile.stats.match import split_batches
 from gracile.stats.refit import CannotRefitError, Refit, refittable
 from gracile.stats.targets import Targets
 from gracile.steps.budget import Keep
-from gracile.steps.consumers import input_columns, readers
+from gracile.steps.consumers import input_columns, readers, tied_layers
 from gracile.steps.correct import copy_model
 
 
@@ -103,9 +103,10 @@ def _choose_group(trial: Trial, group: str, keep: Mapping[str, Sequence[int]], c
 
 
 def layers_in_order(model: nn.Module, traced: Trace) -> list[str]:
-    """Layers that can be refitted, called once each, in the order of the forward."""
+    """Layers that can be refitted, called once each and with a matrix of their own, in the order of the forward."""
     calls = {layer.name: layer.calls for layer in traced.layers}
-    return [name for name, count in calls.items() if count == 1 and refittable(model.get_submodule(name))]
+    tied = tied_layers(model)
+    return [n for n, count in calls.items() if count == 1 and n not in tied and refittable(model.get_submodule(n))]
 
 
 def targets_of(model: nn.Module, traced: Trace, layers: Sequence[str], context: Context) -> Targets:

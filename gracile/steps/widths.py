@@ -14,6 +14,7 @@ from gracile.allocate import Level, MeasuredLoss
 from gracile.context import Context
 from gracile.data import Batch
 from gracile.errors import ConfigError
+from gracile.goal import Bytes, Parameters
 from gracile.graph import Group, Trace
 from gracile.steps.budget import Keep, meet_budget
 
@@ -35,8 +36,8 @@ def share_out(
 ) -> Keep:
     """Indices kept of each group that loses any: the widths of the tables that just meet the step's amount.
 
-    Groups without a table stay whole, or as they are in `fixed`. Levels save multiply-accumulates; where the amount is
-    a share of the units, units are counted instead.
+    Groups without a table stay whole, or as they are in `fixed`. Levels save multiply-accumulates; where the budget is
+    of parameters or bytes, weights are counted instead, and where the amount is a share of the units, units.
     """
 
     fixed = fixed or {}
@@ -45,6 +46,13 @@ def share_out(
     def saving(amount: float) -> Keep:
         return {**fixed, **keep_highest(free, scores, allocation.choose(tables, amount), step)}
 
+    if isinstance(step.to, (Parameters, Bytes)):
+        each = {group.name: weights_per_unit(model, group) for group in free}
+        tables = {
+            n: [replace(level, saved=level.removed * each[n]) for level in levels] for n, levels in tables.items()
+        }
+        total = sum(p.numel() for p in model.parameters())
+        return meet_budget(step.to, model, traced, lambda f: saving(f * total), context, batch)
     if step.to is not None:
         return meet_budget(step.to, model, traced, lambda f: saving(f * traced.macs), context, batch)
     assert step.fraction is not None
@@ -82,3 +90,14 @@ def _rounded(kept: float, units: int, multiple: int, members: list[Group]) -> in
     if round(kept) >= units:
         return units
     return min(units, max(step, round(kept / step) * step))
+
+
+def weights_per_unit(model: nn.Module, group: Group) -> int:
+    """How many numbers of the model go with one unit of the group."""
+    total = 0
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    for member in group.members:
+        if member.tensor in tensors:
+            tensor = tensors[member.tensor]
+            total += tensor.numel() // tensor.shape[member.axis] * member.positions.shape[1]
+    return total
