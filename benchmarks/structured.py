@@ -1,9 +1,9 @@
 """Channels cut in one shot, no labels and no training, by OBS with least-squares refit; what each part of it adds.
 
-    python -m benchmarks.structured woodfisher_resnet20 [--ablate] [--tune 3] [--calibration 1024] [--seed 0]
+    python -m benchmarks.structured woodfisher_resnet20 [--ablate] [--tune 3] [--calibration 2058] [--seed 0]
 
 All images are of train20k; test5k only judges the result. The nets have memorised these images, so that what a cut does
-to them says little: the batch that the allocation is judged by, the first of every eight, holds others, flipped and
+to them says little: the batches that the allocation is judged by, the first of every eight, hold others, flipped and
 shifted. --tune: epochs of distillation from the original on augmented train20k after the cut, labels unused.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from typing import Any
 
@@ -29,8 +28,8 @@ MODELS = {
     "resnet32_akamaster": (resnet32_akamaster, "akamaster"),
 }
 
-#: Images in the batch that the allocation is judged by.
-JUDGED = 512
+#: Images in a batch to fit on, and in one that the allocation is judged by.
+BATCH, JUDGED = 147, 512
 
 #: Layers whose channels are the residual stream's.
 STREAM = ("conv1", "layer?.0.conv2", "layer?.0.downsample*")
@@ -59,13 +58,16 @@ def variants(ablate: bool) -> dict[str, dict[str, object]]:
 
 
 def calibration(images: Tensor, count: int, seed: int) -> list[Tensor]:
-    """Batches to fit on, and as the first of eight the one that judges."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(images), generator=generator)
+    """Batches to fit on, and as the first of every eight one that judges."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    fitted = images[order[:count]].split(BATCH)
+    batches = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        judged = augment(images[order[count : count + JUDGED]])
-    return [judged, *images[order[:count]].split(math.ceil(count / 7))]
+        for i in range(0, len(fitted), 7):
+            start = count + i // 7 * JUDGED
+            batches += [augment(images[order[start : start + JUDGED]]), *fitted[i : i + 7]]
+    return batches
 
 
 def main() -> None:
@@ -73,7 +75,7 @@ def main() -> None:
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--ablate", action="store_true")
     parser.add_argument("--ratios", type=float, nargs="+", default=[1.5, 2.0])
-    parser.add_argument("--calibration", type=int, default=1024)
+    parser.add_argument("--calibration", type=int, default=2058)
     parser.add_argument("--tune", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -14,7 +14,7 @@ from gracile.data import Batch, Data
 from gracile.stats.sums import read_inputs
 
 #: What outputs of all batches may take together; a model that needs more is run from its start each time.
-HELD_BYTES = 1 << 30
+HELD_BYTES = 2 << 30
 
 
 class Replay:

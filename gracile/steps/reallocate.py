@@ -16,15 +16,19 @@ from gracile.errors import ConfigError
 from gracile.graph import Group, Trace
 from gracile.modes import eval_mode
 from gracile.recipe import Recorder
-from gracile.stats.match import divergence
+from gracile.stats.match import divergence, split_batches
 from gracile.steps.budget import Keep
 from gracile.steps.consumers import readers
 from gracile.steps.sequence import Trial, choose_in_sequence, layers_in_order, targets_of
-from gracile.steps.tables import measure_around, outputs_of, some_batches
+from gracile.steps.tables import at_least, measure_around, outputs_of, some_batches
 from gracile.steps.widths import share_out
 
 if TYPE_CHECKING:
     from gracile.steps.prune import Prune
+
+
+#: Calibration examples that a trial is fitted on: enough to compare widths by.
+TRIAL_EXAMPLES = 1024
 
 
 def reallocate(
@@ -43,19 +47,24 @@ def reallocate(
 
     keep: the widths that the tables of single cuts give. Each round measures, around the best trial so far, what other
     widths of one group would do, and shares out anew; where the trial that this gives is no better, widths may move
-    half as far. Ends early where they stay.
+    half as far. Ends early where they stay. Trials are fitted on TRIAL_EXAMPLES examples, and the units that make up
+    the widths found are chosen on all.
     """
     allocation, repair = step.allocation, step.repair
     assert isinstance(allocation, MeasuredLoss) and repair is not None
     batches = some_batches(context.data, allocation.examples)
     references = outputs_of(model, context.data, batches)
+    judged = max(batches, split_batches(context.data)[1], key=len)
+    answers = outputs_of(model, context.data, judged)
 
-    targets = targets_of(model, traced, layers_in_order(model, traced), context)
+    fitted = split_batches(context.data)[0]
+    some = at_least(fitted, TRIAL_EXAMPLES)
+    targets = targets_of(model, traced, layers_in_order(model, traced), context, some)
 
     def attempt(keep: Keep) -> tuple[float, Trial]:
         trial = choose_in_sequence(model, traced, groups, keep, step.criterion, repair, context, targets)
         with eval_mode(trial.model):
-            return divergence(outputs_of(trial.model, context.data, batches), references), trial
+            return divergence(outputs_of(trial.model, context.data, judged), answers), trial
 
     least, best = attempt(keep)
     losses, tried = [least], [_widths(best.keep)]
@@ -86,7 +95,9 @@ def reallocate(
     recorder.numbers["allocation_loss"] = least
     shown = ", ".join(f"{loss:.3g}" for loss in losses)
     recorder.notes.append(f"Divergence from the original by start and round of the allocation: {shown}.")
-    return best.keep
+    if len(some) == len(fitted):
+        return best.keep
+    return choose_in_sequence(model, traced, groups, best.keep, step.criterion, repair, context).keep
 
 
 def _starts(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gracile.context import Context
 from gracile.criteria import Consumer, Units
+from gracile.data import Batch
 from gracile.graph import Group, Trace
 from gracile.modes import eval_mode
 from gracile.solvers import LeastSquares, Moments
@@ -109,11 +110,17 @@ def layers_in_order(model: nn.Module, traced: Trace) -> list[str]:
     return [n for n, count in calls.items() if count == 1 and n not in tied and refittable(model.get_submodule(n))]
 
 
-def targets_of(model: nn.Module, traced: Trace, layers: Sequence[str], context: Context) -> Targets:
-    """What the layers give on the calibration batches to fit on, and what is added to it, also behind a batch norm."""
+def targets_of(
+    model: nn.Module, traced: Trace, layers: Sequence[str], context: Context, batches: Sequence[Batch] | None = None
+) -> Targets:
+    """What the layers give on these batches, and what is added to it, also behind a batch norm.
+
+    batches: None takes all calibration batches to fit on.
+    """
     norms = dict(traced.batch_norm_pairs())
     sums = {name: norms.get(name, name) for name in layers if traced.feeds_sum(name)}
-    return Targets(model, split_batches(context.data)[0], context.data, layers, context.generator("refit"), sums)
+    batches = split_batches(context.data)[0] if batches is None else batches
+    return Targets(model, batches, context.data, layers, context.generator("refit"), sums)
 
 
 def _reading(model: nn.Module, group: Group) -> dict[str, Tensor]:

@@ -155,10 +155,15 @@ def outputs_of(model: nn.Module, data: Data, batches: Sequence[Batch]) -> list[T
 def some_batches(data: Data, examples: int) -> list[Batch]:
     """Calibration batches that hold at least so many examples; first those that nothing is fitted on."""
     fitted, held_out = split_batches(data)
-    batches, count = [], 0
-    for batch in [*held_out, *fitted]:
-        batches.append(batch)
-        count += batch_size(batch)
+    return at_least([*held_out, *fitted], examples)
+
+
+def at_least(batches: Sequence[Batch], examples: int) -> list[Batch]:
+    """The first of the batches that hold so many examples, or all."""
+    taken, count = [], 0
+    for batch in batches:
         if count >= examples:
             break
-    return batches
+        taken.append(batch)
+        count += batch_size(batch)
+    return taken
