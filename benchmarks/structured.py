@@ -1,6 +1,6 @@
 """Channels cut in one shot, no labels and no training, by OBS with least-squares refit; what each part of it adds.
 
-    python -m benchmarks.structured woodfisher_resnet20 [--ablate] [--tune 3] [--calibration 2058] [--seed 0]
+    python -m benchmarks.structured woodfisher_resnet20 [--variants all] [--tune 3] [--calibration 2058] [--seed 0]
 
 All images are of train20k; test5k only judges the result. The nets have memorised these images, so that what a cut does
 to them says little: the batches that the allocation is judged by, the first of every eight, hold others, flipped and
@@ -35,16 +35,14 @@ BATCH, JUDGED = 147, 512
 STREAM = ("conv1", "layer?.0.conv2", "layer?.0.downsample*")
 
 
-def variants(ablate: bool) -> dict[str, dict[str, object]]:
-    """Settings of Prune by name: the whole method, and it without one part each."""
+def variants() -> dict[str, dict[str, object]]:
+    """Settings of Prune by name: the whole method, it without one part each, and the usual way."""
     whole = {
         "criterion": gc.criteria.OBS(),
         "allocation": gc.allocate.MeasuredLoss(examples=JUDGED),
         "repair": gc.solvers.LeastSquares(),
         "pattern": gc.Channels(),
     }
-    if not ablate:
-        return {"OBS": whole}
     return {
         "OBS": whole,
         "magnitude for OBS": whole | {"criterion": gc.Magnitude(power=2)},
@@ -54,6 +52,7 @@ def variants(ablate: bool) -> dict[str, dict[str, object]]:
         "one start, no rounds": whole | {"allocation": gc.allocate.MeasuredLoss(examples=JUDGED, rounds=0)},
         "no swap search": whole | {"criterion": gc.criteria.OBS(swap_sweeps=0)},
         "inner channels only": whole | {"exclude": STREAM},
+        "uniform magnitude": {"pattern": gc.Channels(), "allocation": gc.allocate.Uniform()},
     }
 
 
@@ -73,7 +72,7 @@ def calibration(images: Tensor, count: int, seed: int) -> list[Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
-    parser.add_argument("--ablate", action="store_true")
+    parser.add_argument("--variants", nargs="+", default=["OBS"], help="names, or: all")
     parser.add_argument("--ratios", type=float, nargs="+", default=[1.5, 2.0])
     parser.add_argument("--calibration", type=int, default=2058)
     parser.add_argument("--tune", type=int, default=0)
@@ -87,7 +86,9 @@ def main() -> None:
     dense = trace(model, lambda net: net(test[:1])).macs
     print(json.dumps({"model": args.model, "dense": accuracy(model, test, answers), "macs": dense}), flush=True)
     for ratio in args.ratios:
-        for name, settings in variants(args.ablate).items():
+        for name, settings in variants().items():
+            if name not in args.variants and "all" not in args.variants:
+                continue
             start = time.perf_counter()
             steps: list[Any] = [gc.Prune(to=gc.MACs(1 / ratio), **settings)]
             if args.tune:
