@@ -7,15 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from gracile.data import Batch, Data
 from gracile.errors import ConfigError, DataError
 from gracile.layer_stats import ACTIVATION_STATS, LayerStats
 from gracile.modes import eval_mode
 from gracile.stats.histogram import StreamingHistogram
+from gracile.stats.rows import CONVOLUTIONS, count_rows, input_rows, output_rows, unfold_input, unfoldable
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 GRAM_IN_FLOAT64 = 1024  # up to this width sums are kept in float64; beyond, float32 halves the memory
 
 
@@ -27,6 +26,7 @@ def collect_activations(
     *,
     divisors: Mapping[str, Tensor] | None = None,
     memory_bytes: int | None = None,
+    rows_per_batch: int | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> dict[str, LayerStats]:
     """Statistics of the named layers' inputs and outputs over `data.calibration_batches`, by layer name.
@@ -34,6 +34,8 @@ def collect_activations(
     needs: fields of LayerStats out of ACTIVATION_STATS. The model runs in eval mode without gradients; its mode and
     hooks are as before afterwards. A layer that is never called has no entry.
     divisors: layer -> [in]; what its inputs are divided by before they are looked at. None: nothing is.
+    rows_per_batch: of a layer that is no grouped convolution, at most so many tokens or positions of a batch, drawn at
+    random, stand behind its moments; neighbouring positions of an image say nearly the same. None: all.
     memory_bytes: what the accumulators may take together; None: no bound. Raises ConfigError before the pass if they
     would take more, DataError for no batches or for inputs that are not finite.
     """
@@ -47,7 +49,9 @@ def collect_activations(
             f"{memory_bytes / 2**20:.0f} MiB allowed.\n  Work on fewer layers at a time with only(...)."
         )
     accumulators = {
-        name: _Accumulator(name, model.get_submodule(name), frozenset(needs), (divisors or {}).get(name))
+        name: _Accumulator(
+            name, model.get_submodule(name), frozenset(needs), (divisors or {}).get(name), rows_per_batch
+        )
         for name in layers
     }
     handles = [
@@ -104,8 +108,11 @@ def _outputs(module: nn.Module, weight: Tensor) -> int:
 class _Accumulator:
     """Running sums of one layer; the forward hook feeds it."""
 
-    def __init__(self, name: str, module: nn.Module, needs: frozenset[str], divisor: Tensor | None) -> None:
-        self.name, self.module, self.needs, self.divisor = name, module, needs, divisor
+    def __init__(
+        self, name: str, module: nn.Module, needs: frozenset[str], divisor: Tensor | None, drawn: int | None
+    ) -> None:
+        self.name, self.module, self.needs, self.divisor, self.drawn = name, module, needs, divisor, drawn
+        self.generator = torch.Generator().manual_seed(0)
         if not isinstance(module, nn.Linear):
             self.needs -= {"input_peak", "input_rows"}
         self.rows = RowSample()
@@ -136,7 +143,7 @@ class _Accumulator:
             if "input_rows" in self.needs:
                 self.rows.add(x.detach().reshape(-1, x.shape[-1]))
             if self.needs & {"input_mean", "input_sq_mean", "input_abs_mean", "gram"}:
-                self._add_moments(unfold_input(self.module, x))
+                self._add_moments(self._rows(x))
         if y is not None and y.is_floating_point():
             if "output" in self.histograms:
                 self.histograms["output"].update(y)
@@ -144,6 +151,16 @@ class _Accumulator:
                 rows = output_rows(self.module, y)
                 self._add("output_mean", rows.double().sum(0))
                 self.output_count += rows.shape[0]
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """[groups, tokens, columns], of all or of those drawn."""
+        if self.drawn is None or getattr(self.module, "groups", 1) > 1 or not unfoldable(self.module):
+            return unfold_input(self.module, x)
+        count = count_rows(self.module, x)
+        if count <= self.drawn:
+            return unfold_input(self.module, x)
+        chosen = torch.randint(count, (self.drawn,), generator=self.generator).to(x.device)
+        return input_rows(self.module, x, chosen).unsqueeze(0)
 
     def _add_moments(self, rows: Tensor) -> None:
         """rows: [groups, tokens, columns]."""
@@ -197,45 +214,6 @@ class RowSample:
         if sum(len(part) for part in self.kept) > 2 * self.SIZE:
             self.kept = [torch.cat(self.kept)[::2]]
             self._quota = max(1, self._quota // 2)
-
-
-def unfoldable(module: nn.Module) -> bool:
-    """Whether `unfold_input` knows the layer."""
-    if isinstance(module, nn.Linear):
-        return True
-    convolution = isinstance(module, (nn.Conv1d, nn.Conv2d))
-    return convolution and not isinstance(module.padding, str) and module.padding_mode == "zeros"
-
-
-def unfold_input(module: nn.Module, x: Tensor) -> Tensor:
-    """Inputs as the rows a layer's unfolded weight multiplies: [groups, tokens or positions, columns].
-
-    Linear: the leading axes are tokens. Conv1d and Conv2d: im2col with the layer's stride, padding and dilation.
-    Raises ConfigError for another kind of layer.
-    """
-    if isinstance(module, nn.Linear):
-        return x.reshape(1, -1, x.shape[-1])
-    if isinstance(module, nn.Conv1d) and not isinstance(module.padding, str) and module.padding_mode == "zeros":
-        x, kernel = x.unsqueeze(2), (1, *module.kernel_size)
-        stride, padding, dilation = (1, *module.stride), (0, *module.padding), (1, *module.dilation)
-    elif isinstance(module, nn.Conv2d) and not isinstance(module.padding, str) and module.padding_mode == "zeros":
-        kernel, stride = tuple(module.kernel_size), tuple(module.stride)
-        padding, dilation = tuple(module.padding), tuple(module.dilation)
-    else:
-        raise ConfigError(f"Inputs of a {type(module).__name__} cannot be unfolded into the rows of its weight.")
-    columns = F.unfold(x, kernel, dilation=dilation, padding=padding, stride=stride)  # [batch, in·k, positions]
-    batch, width, positions = columns.shape
-    groups = module.groups
-    split = columns.reshape(batch, groups, width // groups, positions)
-    return split.permute(1, 0, 3, 2).reshape(groups, batch * positions, width // groups)
-
-
-def output_rows(module: nn.Module, y: Tensor) -> Tensor:
-    """Outputs as [tokens or positions, channels]: a convolution's channels precede its positions, others' are last."""
-    if isinstance(module, CONVOLUTIONS):
-        axis = y.ndim - len(module.kernel_size) - 1
-        return y.movedim(axis, -1).reshape(-1, y.shape[axis])
-    return y.reshape(-1, y.shape[-1])
 
 
 def merge_stats(*parts: Mapping[str, LayerStats]) -> dict[str, LayerStats]:

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gracile.solvers import LeastSquares, Moments
-from gracile.stats.collect import unfoldable
 from gracile.stats.replay import Replay
-from gracile.stats.rows import count_rows, input_rows, rows_at
+from gracile.stats.rows import count_rows, input_rows, rows_at, unfoldable
 from gracile.stats.sums import read_inputs, read_layer
 from gracile.stats.targets import Targets
 
@@ -62,7 +61,7 @@ class Refit:
         """
         target, layer = self.targets.of(name), self.model.get_submodule(name)
         self.replay.seek(name)
-        total = _Sums()
+        total = Sums()
         summed = self.targets.sums.get(name) if target.streams else None
         for i in range(len(self.targets.batches)):
             x, stream = read_layer(self.model, name, partial(self._run, i), summed)
@@ -77,7 +76,7 @@ class Refit:
     def measure_inputs(self, names: Iterable[str]) -> dict[str, Moments]:
         """Moments of several layers in one forward of each batch, without the error of a stream."""
         names = list(names)
-        totals = {name: _Sums() for name in names}
+        totals = {name: Sums() for name in names}
         for i in range(len(self.targets.batches)):
             inputs = read_inputs(self.model, names, partial(self._run, i))
             for name in names:
@@ -137,8 +136,8 @@ class Refit:
         return delta * torch.where(able, scale, torch.zeros_like(scale))
 
 
-class _Sums:
-    """Running sums of x xᵀ, t xᵀ, x and t over batches."""
+class Sums:
+    """Running sums of x xᵀ, t xᵀ, x and t over batches, x: [n, d] and t: [n, out]."""
 
     def __init__(self) -> None:
         self.parts: list[Tensor] = []

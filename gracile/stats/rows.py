@@ -1,4 +1,4 @@
-"""Rows of a layer's inputs and outputs at chosen tokens or positions, without unfolding all of them."""
+"""A layer's inputs and outputs as rows, a token or position each: all of them, or those at chosen places."""
 
 from __future__ import annotations
 
@@ -8,9 +8,49 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gracile.stats.collect import output_rows
+from gracile.errors import ConfigError
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _Size = tuple[int, ...]
+
+
+def unfoldable(module: nn.Module) -> bool:
+    """Whether `unfold_input` knows the layer."""
+    if isinstance(module, nn.Linear):
+        return True
+    convolution = isinstance(module, (nn.Conv1d, nn.Conv2d))
+    return convolution and not isinstance(module.padding, str) and module.padding_mode == "zeros"
+
+
+def unfold_input(module: nn.Module, x: Tensor) -> Tensor:
+    """Inputs as the rows a layer's unfolded weight multiplies: [groups, tokens or positions, columns].
+
+    Linear: the leading axes are tokens. Conv1d and Conv2d: im2col with the layer's stride, padding and dilation.
+    Raises ConfigError for another kind of layer.
+    """
+    if isinstance(module, nn.Linear):
+        return x.reshape(1, -1, x.shape[-1])
+    if isinstance(module, nn.Conv1d) and not isinstance(module.padding, str) and module.padding_mode == "zeros":
+        x, kernel = x.unsqueeze(2), (1, *module.kernel_size)
+        stride, padding, dilation = (1, *module.stride), (0, *module.padding), (1, *module.dilation)
+    elif isinstance(module, nn.Conv2d) and not isinstance(module.padding, str) and module.padding_mode == "zeros":
+        kernel, stride = tuple(module.kernel_size), tuple(module.stride)
+        padding, dilation = tuple(module.padding), tuple(module.dilation)
+    else:
+        raise ConfigError(f"Inputs of a {type(module).__name__} cannot be unfolded into the rows of its weight.")
+    columns = F.unfold(x, kernel, dilation=dilation, padding=padding, stride=stride)  # [batch, in·k, positions]
+    batch, width, positions = columns.shape
+    groups = module.groups
+    split = columns.reshape(batch, groups, width // groups, positions)
+    return split.permute(1, 0, 3, 2).reshape(groups, batch * positions, width // groups)
+
+
+def output_rows(module: nn.Module, y: Tensor) -> Tensor:
+    """Outputs as [tokens or positions, channels]: a convolution's channels precede its positions, others' are last."""
+    if isinstance(module, CONVOLUTIONS):
+        axis = y.ndim - len(module.kernel_size) - 1
+        return y.movedim(axis, -1).reshape(-1, y.shape[axis])
+    return y.reshape(-1, y.shape[-1])
 
 
 def count_rows(layer: nn.Module, x: Tensor) -> int:

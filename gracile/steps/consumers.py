@@ -13,6 +13,7 @@ from gracile.graph import Group, Trace
 from gracile.graph.groups import Member
 from gracile.stats.collect import collect_activations
 from gracile.stats.refit import refittable
+from gracile.stats.targets import ROWS
 
 
 def readers(model: nn.Module, group: Group) -> dict[str, Member]:
@@ -50,11 +51,13 @@ def collect_consumers(
     """
     found = {group.name: readers(model, group) for group in groups}
     layers = sorted({layer for named in found.values() for layer in named})
+    batches = sum(1 for _ in context.data.calibration_batches)
     stats = collect_activations(
         model,
         layers,
         {"gram", "input_mean"},
         context.data,
+        rows_per_batch=max(1, ROWS // max(1, batches)),
         on_batch=lambda n: context.progress("moments", n, None),
     )
     normalised = {name for name, _ in traced.batch_norm_pairs()}

@@ -14,7 +14,7 @@ from gracile.patterns import NM
 from gracile.recipe import Recorder
 from gracile.report.model import LayerRow
 from gracile.select import Select
-from gracile.stats.collect import unfoldable
+from gracile.stats.rows import unfoldable
 from gracile.steps.correct import copy_model, correct_statistics
 from gracile.steps.scores import score_weights
 

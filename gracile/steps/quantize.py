@@ -20,7 +20,8 @@ from gracile.ranges import MSE, MinMax, Percentile
 from gracile.recipe import Recorder, Step
 from gracile.report.model import LayerRow, StepRecord
 from gracile.select import Select, check_exclude
-from gracile.stats.collect import CONVOLUTIONS, collect_activations, first_batch
+from gracile.stats.collect import collect_activations, first_batch
+from gracile.stats.rows import CONVOLUTIONS
 from gracile.steps.correct import copy_model, correct_statistics
 from gracile.steps.fold import fold_batch_norms
 from gracile.steps.smooth import smooth

@@ -12,7 +12,8 @@ from gracile.data import Data
 from gracile.errors import ConfigError, DataError
 from gracile.layer_stats import LayerStats
 from gracile.stats import collect
-from gracile.stats.collect import RowSample, collect_activations, estimate_bytes, merge_stats, output_rows
+from gracile.stats.collect import RowSample, collect_activations, estimate_bytes, merge_stats
+from gracile.stats.rows import output_rows
 
 EVERYTHING = ("input", "output", "input_mean", "input_sq_mean", "input_abs_mean", "gram", "output_mean")
 #: Products of a batch are float32 (relative rounding 6e-8 for each of up to some hundred terms).
@@ -276,3 +277,19 @@ def test_divisors_are_taken_out_before_looking() -> None:
     data, divisor = [torch.tensor([[2.0, -8.0], [1.0, 4.0]])], torch.tensor([2.0, 4.0])
     stats = collect_activations(net, ["0"], {"input"}, Data(calibration=data), divisors={"0": divisor})
     assert (stats["0"].input.minimum, stats["0"].input.maximum) == (-2.0, 1.0)
+
+
+def test_few_rows_of_a_batch_stand_for_all_of_it() -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 4, 3, padding=1)
+    images = [torch.randn(16, 3, 12, 12) for _ in range(4)]
+    needs, data = {"gram", "input_mean"}, Data(calibration=images)
+    net = nn.Sequential(layer)
+    whole = collect_activations(net, ["0"], needs, data)["0"]
+    part = collect_activations(net, ["0"], needs, data, rows_per_batch=1000)["0"]
+    same = collect_activations(net, ["0"], needs, data, rows_per_batch=16 * 144)["0"]
+    assert whole.gram is not None and part.gram is not None and same.gram is not None
+    assert torch.equal(same.gram, whole.gram)
+    assert part.examples == 4000
+    difference = float((part.gram - whole.gram).norm() / whole.gram.norm())
+    assert 0 < difference < 0.2  # 4,000 independent rows of 27 columns: about sqrt(27 / 4000)
