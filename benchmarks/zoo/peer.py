@@ -83,9 +83,11 @@ def last_layers(
 
 
 def attention_heads(model: nn.Module) -> dict[nn.Module, int]:
-    """Projection -> its number of heads, for modules that hold both, themselves or in their configuration."""
+    """Projection, or PyTorch's attention, -> its number of heads, which its module or that one's configuration holds."""
     found: dict[nn.Module, int] = {}
     for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            found[module] = module.num_heads
         queries = _number(module, COUNTS)
         if not queries:
             continue
