@@ -83,7 +83,7 @@ def last_layers(
 
 
 def attention_heads(model: nn.Module) -> dict[nn.Module, int]:
-    """Projection, or PyTorch's attention, -> its number of heads, which its module or that one's configuration holds."""
+    """Projection, or PyTorch's attention, -> its number of heads, which its module or its config holds."""
     found: dict[nn.Module, int] = {}
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):

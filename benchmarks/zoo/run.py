@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 #: Processor time that a model may take, with building it: the machine may be busy with other things.
-CPU_SECONDS, PEER_CPU_SECONDS = 300, 90
+CPU_SECONDS, PEER_CPU_SECONDS = 300, 30
 #: A process that only waits uses no processor time and is ended after this many times its limit by the clock.
 PATIENCE = 20
 BYTES = 6 << 30
@@ -52,7 +52,7 @@ def main() -> None:
     done = {(r["collection"], r["model"]): r for r in read(args.results)}
     others = {row.get("commit") for row in done.values()} - {commit}
     if others:
-        sys.exit(f"{args.results} holds rows of other commits than {commit}: {others}. Move it away, or check out theirs.")
+        sys.exit(f"{args.results} holds rows of {others}, not of {commit}. Move it away, or check out theirs.")
     for collection, entries in collections().items():
         if wanted and collection not in wanted:
             continue
@@ -116,9 +116,9 @@ def in_a_process(task: str, entry: Any, limit: int) -> dict[str, Any]:
     if text:
         return dict(json.loads(text))
     number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-    died = f"its process ended with {signal.Signals(number).name}" if number else f"exit status {os.WEXITSTATUS(status)}"
+    end = signal.Signals(number).name if number else f"exit status {os.WEXITSTATUS(status)}"
     outcome = "timed out" if number in (signal.SIGXCPU, signal.SIGALRM) else "crashed"
-    return {"outcome": outcome, "reason": died, "cpu_seconds": round(used.ru_utime + used.ru_stime, 1)}
+    return {"outcome": outcome, "reason": f"its process ended with {end}", "cpu_seconds": round(used.ru_utime + used.ru_stime, 1)}
 
 
 def silence() -> None:

@@ -135,7 +135,8 @@ def _split(mode: Provenance, args: tuple[Any, ...], kwargs: dict[str, Any], outp
 
 def _tensor_split(mode: Provenance, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Parts as equal as can be, or parts that begin at given positions."""
-    given, dim = _split_arguments(args, kwargs, "indices_or_sections", "sections", "indices", "tensor_indices_or_sections")
+    names = ("indices_or_sections", "sections", "indices", "tensor_indices_or_sections")
+    given, dim = _split_arguments(args, kwargs, *names)
     if isinstance(given, Tensor):
         return
     if isinstance(given, int):
