@@ -29,7 +29,7 @@ def examine(entry: Entry) -> dict[str, Any]:
     try:
         row |= prune(model, batch)
     except GracileError as error:
-        row |= {"outcome": "refused", "reason": str(error).split("\n  ")[0], "message": str(error)[:1500]}
+        row |= {"outcome": "refused", "reason": " ".join(str(error).split())[:200], "message": str(error)[:1500]}
     except Exception as error:  # anything else is our defect
         row |= {"outcome": "crashed", "reason": f"{type(error).__name__}: {first_line(error)}"}
     return row | {"cpu_seconds": round(time.process_time() - start, 2)}

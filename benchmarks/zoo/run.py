@@ -118,7 +118,8 @@ def in_a_process(task: str, entry: Any, limit: int) -> dict[str, Any]:
     number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
     end = signal.Signals(number).name if number else f"exit status {os.WEXITSTATUS(status)}"
     outcome = "timed out" if number in (signal.SIGXCPU, signal.SIGALRM) else "crashed"
-    return {"outcome": outcome, "reason": f"its process ended with {end}", "cpu_seconds": round(used.ru_utime + used.ru_stime, 1)}
+    seconds = round(used.ru_utime + used.ru_stime, 1)
+    return {"outcome": outcome, "reason": f"its process ended with {end}", "cpu_seconds": seconds}
 
 
 def silence() -> None:

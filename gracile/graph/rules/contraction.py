@@ -6,7 +6,7 @@ from torch import Tensor
 
 from gracile.graph.axes import Expr, freeze, mark_aligned, mark_inexact, mark_kind
 from gracile.graph.recorder import Call, Rule, Unfollowed, Value
-from gracile.graph.rules.base import broadcast, free, meet
+from gracile.graph.rules.base import broadcast, meet
 
 #: Rows of the operands of a grouped product start at multiples of this many bytes.
 ALIGNMENT = 16
@@ -18,7 +18,7 @@ def contract(call: Call, a: Value, a_dim: int, b: Value, b_dim: int) -> Expr:
     dim = meet(a.dims[a_dim], b.dims[b_dim])
     call.recorder.contract(a, a_dim)
     call.recorder.contract(b, b_dim)
-    if not a.is_weight and not b.is_weight and free(dim):
+    if not a.is_weight and not b.is_weight:
         mark_inexact(dim, BETWEEN_ACTIVATIONS)
     return dim
 
