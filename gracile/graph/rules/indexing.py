@@ -96,11 +96,11 @@ def put(call: Call) -> None:
     kept += range(len(indexed) + len(kept), tensor.ndim)
     at = indexed[0] if indexed == list(range(indexed[0], indexed[-1] + 1)) else 0
     chosen: list[int | None] = [*kept[:at], *[None] * rank, *kept[at:]]
-    for d, dim in zip(reversed(chosen), reversed(values.dims)):
-        if d is None:
+    for place, dim in zip(reversed(chosen), reversed(values.dims)):
+        if place is None:
             freeze(dim, WRITTEN)
         else:
-            meet(target.dims[d], dim)
+            meet(target.dims[place], dim)
     for d in indexed:
         freeze(target.dims[d], WRITTEN)
     call.set(call.output, target.dims, target.sources, target.is_weight and values.is_weight)
