@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gracile.graph.axes import Expr, freeze, fresh, resolve, size
+from gracile.graph.axes import Expr, freeze, fresh, mark_inexact, resolve, size
 from gracile.graph.integers import Constraint
 
 logger = logging.getLogger(__name__)
@@ -129,6 +129,7 @@ class Recorder(TorchDispatchMode):
         self.events: list[Event] = []
         self.consumers: set[Axis] = set()
         self.producers: set[Axis] = set()
+        self.losing: dict[Axis, str] = {}  # axes of parameters whose zeros an operator made into something else
         self.directions: set[Axis] = set()  # divided by their own norm, so that zeros there give no zeros
         self.layers: list[str] = []  # those with parameters of their own that are running, outermost first
         self.modules: list[str] = []  # all modules that are running
@@ -201,6 +202,13 @@ class Recorder(TorchDispatchMode):
     def contract(self, value: Value, dim: int) -> None:
         """Note that a weight's dimension is summed over against another tensor: it consumes what it is tied to."""
         self.consumers |= value.sources[dim]
+        for axis in value.sources[dim] & self.losing.keys():
+            mark_inexact(value.dims[dim], self.losing[axis])
+
+    def lose_zeros(self, value: Value, reason: str) -> None:
+        """Note that zeros in the parameters behind a weight give no zeros in it: it shows where that is summed over."""
+        for axis in NOWHERE.union(*value.sources):
+            self.losing.setdefault(axis, reason)
 
     def produce(self, value: Value, dim: int) -> None:
         """Note that a weight's dimension becomes a layer's output dimension."""
