@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 import warnings
@@ -26,18 +25,20 @@ def examine(entry: Entry) -> dict[str, Any]:
     except CannotBuild as error:
         return {"outcome": "not built", "reason": str(error)}
     row: dict[str, Any] = {"parameters": count(model)}
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         row |= prune(model, batch)
     except GracileError as error:
-        row |= {"outcome": "refused", "reason": str(error).split("\n  ")[0], "message": str(error)[:1500]}
+        row |= {"outcome": "refused", "reason": " ".join(str(error).split())[:200], "message": str(error)[:1500]}
     except Exception as error:  # anything else is our defect
         row |= {"outcome": "crashed", "reason": f"{type(error).__name__}: {first_line(error)}"}
-    return row | {"seconds": round(time.perf_counter() - start, 2)}
+    return row | {"cpu_seconds": round(time.process_time() - start, 2)}
 
 
 def examine_peer(entry: Entry) -> dict[str, Any]:
     """Torch-Pruning's outcome on the same model: "pruned", "outputs changed shape" or "failed"."""
+    from benchmarks.zoo.peer import torch_pruning
+
     return torch_pruning(*_built(entry))
 
 
@@ -81,32 +82,6 @@ def reasons(rows: Any) -> dict[str, int]:
         if row.action == "skipped":
             found[row.reason] = found.get(row.reason, 0) + 1
     return dict(sorted(found.items(), key=lambda item: -item[1]))
-
-
-def torch_pruning(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    """Torch-Pruning's default pruner at the same ratio: the model must still run, with outputs of the same shapes."""
-    import torch_pruning as tp
-
-    net = copy.deepcopy(model)
-    try:
-        with torch.no_grad():
-            before = [t.shape for t in tensors_in(call(net, batch))]
-        example = batch if isinstance(batch, dict) else batch[0] if isinstance(batch, list) else batch
-        pruner = tp.pruner.BasePruner(
-            net,
-            example,
-            importance=tp.importance.GroupMagnitudeImportance(p=2),
-            pruning_ratio=FRACTION,
-            output_transform=lambda out: [t for t in tensors_in(out) if t.grad_fn is not None],
-            forward_fn=call,
-        )
-        pruner.step()
-        with torch.no_grad():
-            after = [t.shape for t in tensors_in(call(net, batch))]
-    except Exception as error:  # its outcome, whatever it is
-        return {"outcome": "failed", "reason": f"{type(error).__name__}: {first_line(error)}"}
-    removed = round(1 - count(net) / count(model), 4)
-    return {"outcome": "pruned" if after == before else "outputs changed shape", "removed": removed}
 
 
 def call(model: nn.Module, batch: Batch) -> Any:

@@ -1,8 +1,9 @@
 """Prunes every model of the zoo, each in a process of its own, and writes a line of JSON per model.
 
-    python -m benchmarks.zoo.run [--only transformers] [--models bert,gpt2] [--again]
+    python -m benchmarks.zoo.run [--only transformers] [--models bert,gpt2] [--no-peer]
 
-Stops and goes on: what has a line is not run again. `python -m benchmarks.zoo.table` makes the summary.
+Stops and goes on: what has a line is not run again. Every line holds the commit that made it, and a file holds lines of
+one commit only. `python -m benchmarks.zoo.table` makes the summary.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-SECONDS, PEER_SECONDS = 180, 30
+#: Processor time that a model may take, with building it: the machine may be busy with other things.
+CPU_SECONDS, PEER_CPU_SECONDS = 300, 30
+#: A process that only waits uses no processor time and is ended after this many times its limit by the clock.
+PATIENCE = 20
 BYTES = 6 << 30
 RESULTS = Path(__file__).parent / "results.jsonl"
 
@@ -40,27 +44,38 @@ def main() -> None:
     parser.add_argument("--only", default="", help="collections, separated by commas")
     parser.add_argument("--models", default="", help="models, separated by commas")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--again", action="store_true", help="run what has a line already")
     parser.add_argument("--no-peer", action="store_true", help="without Torch-Pruning")
     args = parser.parse_args()
     prepare()
     wanted, models = set(filter(None, args.only.split(","))), set(filter(None, args.models.split(",")))
-    done = {} if args.again else {(r["collection"], r["model"]): r for r in read(args.results)}
+    commit = present_commit()
+    done = {(r["collection"], r["model"]): r for r in read(args.results)}
+    others = {row.get("commit") for row in done.values()} - {commit}
+    if others:
+        sys.exit(f"{args.results} holds rows of {others}, not of {commit}. Move it away, or check out theirs.")
     for collection, entries in collections().items():
         if wanted and collection not in wanted:
             continue
         for entry in entries():
-            key = {"collection": collection, "model": entry.name}
+            key = {"collection": collection, "model": entry.name, "commit": commit}
             if models and entry.name not in models:
                 continue
             row = done.get((collection, entry.name), {})
             if "outcome" not in row:
-                row = key | in_a_process("examine", entry, SECONDS)
+                row = key | in_a_process("examine", entry, CPU_SECONDS)
                 write(args.results, row)
                 told = row.get("removed", row.get("reason", ""))
                 print(f"{collection}/{entry.name}: {row['outcome']} {told}", flush=True)
             if not args.no_peer and "torch_pruning" not in row and row["outcome"] != "not built":
-                write(args.results, key | {"torch_pruning": in_a_process("examine_peer", entry, PEER_SECONDS)})
+                write(args.results, key | {"torch_pruning": in_a_process("examine_peer", entry, PEER_CPU_SECONDS)})
+
+
+def present_commit() -> str:
+    """The commit checked out, marked if a file of the repository differs from it."""
+    here = Path(__file__).parent
+    told = [["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]]
+    head, changed = (subprocess.check_output(["git", *words], cwd=here, text=True).strip() for words in told)
+    return f"{head} with changes" if changed else head
 
 
 def write(path: Path, row: dict[str, Any]) -> None:
@@ -83,12 +98,13 @@ def in_a_process(task: str, entry: Any, limit: int) -> dict[str, Any]:
     from benchmarks.zoo import one
 
     read_end, write_end = os.pipe()
-    start = time.perf_counter()
     child = os.fork()
     if child == 0:
         os.close(read_end)
-        signal.alarm(limit)
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_DATA, (BYTES, BYTES))
+        signal.alarm(PATIENCE * limit)
         silence()
         with os.fdopen(write_end, "w") as pipe:
             pipe.write(json.dumps(getattr(one, task)(entry)))
@@ -96,13 +112,14 @@ def in_a_process(task: str, entry: Any, limit: int) -> dict[str, Any]:
     os.close(write_end)
     with os.fdopen(read_end) as pipe:
         text = pipe.read()
-    _, status = os.waitpid(child, 0)
+    _, status, used = os.wait4(child, 0)
     if text:
         return dict(json.loads(text))
-    seconds = round(time.perf_counter() - start, 1)
-    died = f"its process ended with signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit status {status}"
-    timed_out = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
-    return {"outcome": "timed out" if timed_out else "crashed", "reason": died, "seconds": seconds}
+    number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    end = signal.Signals(number).name if number else f"exit status {os.WEXITSTATUS(status)}"
+    outcome = "timed out" if number in (signal.SIGXCPU, signal.SIGALRM) else "crashed"
+    seconds = round(used.ru_utime + used.ru_stime, 1)
+    return {"outcome": outcome, "reason": f"its process ended with {end}", "cpu_seconds": seconds}
 
 
 def silence() -> None:

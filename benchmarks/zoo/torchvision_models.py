@@ -76,7 +76,7 @@ def detector(name: str) -> tuple[nn.Module, Batch]:
 
 
 def video(name: str) -> tuple[nn.Module, Batch]:
-    frames, size = (16, 224) if name.startswith("mvit") else (14, 64) if name == "s3d" else (8, 64)
+    frames, size = {"mvit_v1_b": (16, 224), "s3d": (14, 224)}.get(name, (8, 64))
     clip = torch.randn(1, 3, frames, size, size, generator=torch.Generator().manual_seed(1))
     return _finished(_made("torchvision.models.video", name, num_classes=10), clip)
 

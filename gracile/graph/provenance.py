@@ -6,6 +6,7 @@ cut, the integer must again equal the size of that dimension, or the axes in it 
 
 from __future__ import annotations
 
+import logging
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +19,8 @@ from gracile.graph.algebra import slice_expr, split_expr
 from gracile.graph.axes import COUNTS_GROUPS, Expr, fresh, is_fixed, size
 from gracile.graph.integers import Constraint, Formula, Size, Source, Traced, source_of
 from gracile.graph.recorder import Recorder
+
+logger = logging.getLogger(__name__)
 
 Note = Callable[["Provenance", tuple[Any, ...], dict[str, Any], Any], None]
 
@@ -45,7 +48,11 @@ class Provenance(TorchFunctionMode):
         module = self.recorder.modules[-1] if self.recorder.modules else ""
         self.where = f"{name.strip('_')} in {repr(module) if module else 'the model'}"
         note = NOTES.get(name if name.startswith("__") else name.rstrip("_"), _pin)
-        note(self, args, kwargs, output)
+        try:
+            note(self, args, kwargs, output)
+        except Exception as error:  # a form of the function that its note did not foresee must not stop the trace
+            logger.debug("note of %s failed: %r", name, error)
+            _pin(self, args, kwargs, output)
         return output
 
     def _sizes(self, tensor: Tensor, sizes: torch.Size) -> Any:
@@ -118,14 +125,31 @@ def _unflatten(mode: Provenance, args: tuple[Any, ...], kwargs: dict[str, Any], 
 
 
 def _split(mode: Provenance, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    named = (kwargs[k] for k in ("split_size_or_sections", "split_size", "split_sizes") if k in kwargs)
-    sizes = args[1] if len(args) > 1 else next(named)
-    dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
+    sizes, dim = _split_arguments(args, kwargs, "split_size_or_sections", "split_size", "split_sizes")
     each = sizes if isinstance(sizes, (tuple, list)) else [sizes] * len(output)
     for n, part in zip(each, output):
         mode.tie(n, mode.dims(part)[dim])
     if not isinstance(sizes, (tuple, list)) and len(output) > 1 and output[-1].shape[dim] != sizes:
         mode.pin(sizes)
+
+
+def _tensor_split(mode: Provenance, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Parts as equal as can be, or parts that begin at given positions."""
+    names = ("indices_or_sections", "sections", "indices", "tensor_indices_or_sections")
+    given, dim = _split_arguments(args, kwargs, *names)
+    if isinstance(given, Tensor):
+        return
+    if isinstance(given, int):
+        _chunk(mode, (args[0], given, dim), {}, output)
+        return
+    for position in given:
+        _prefix(mode, mode.dims(args[0])[dim], position)
+
+
+def _split_arguments(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> tuple[Any, int]:
+    """What says how to split, given second or by one of these names, and the dimension."""
+    given = args[1] if len(args) > 1 else next(kwargs[name] for name in names if name in kwargs)
+    return given, kwargs.get("dim", args[2] if len(args) > 2 else 0)
 
 
 def _chunk(mode: Provenance, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -232,7 +256,8 @@ NOTES: dict[str, Note] = {
     **dict.fromkeys(("zeros", "ones", "empty", "full", "randn", "rand"), _sized(0)),
     "broadcast_to": _sized(1),
     "unflatten": _unflatten,
-    **dict.fromkeys(("split", "split_with_sizes", "tensor_split"), _split),
+    **dict.fromkeys(("split", "split_with_sizes"), _split),
+    "tensor_split": _tensor_split,
     "narrow": _narrow,
     "select": _select,
     "chunk": _chunk,

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gracile.graph.axes import Expr, freeze, fresh, resolve, size
+from gracile.graph.axes import Expr, freeze, fresh, mark_inexact, resolve, size
 from gracile.graph.integers import Constraint
 
 logger = logging.getLogger(__name__)
@@ -128,6 +129,7 @@ class Recorder(TorchDispatchMode):
         self.events: list[Event] = []
         self.consumers: set[Axis] = set()
         self.producers: set[Axis] = set()
+        self.losing: dict[Axis, str] = {}  # axes of parameters whose zeros an operator made into something else
         self.directions: set[Axis] = set()  # divided by their own norm, so that zeros there give no zeros
         self.layers: list[str] = []  # those with parameters of their own that are running, outermost first
         self.modules: list[str] = []  # all modules that are running
@@ -163,6 +165,14 @@ class Recorder(TorchDispatchMode):
         """Ask what is known of the tensor only when something reads it, for that may tie axes."""
         self._deferred[id(tensor)] = (tensor, value)
 
+    def _hold_data(self, written: Tensor) -> None:
+        """Data were written to the tensor, so that whatever shares its memory is no longer made of weights alone."""
+        where = _storage(written)
+        for tensor, value in self._values.values():
+            if value.is_weight and where is not None and _storage(tensor) == where:
+                value.is_weight = False
+                value.sources = [NOWHERE] * len(value.sources)
+
     def note_zeros(self, tensor: Tensor) -> None:
         """The tensor was just made of zeros alone."""
         self._zeros[id(tensor)] = (tensor, tensor._version)
@@ -192,6 +202,13 @@ class Recorder(TorchDispatchMode):
     def contract(self, value: Value, dim: int) -> None:
         """Note that a weight's dimension is summed over against another tensor: it consumes what it is tied to."""
         self.consumers |= value.sources[dim]
+        for axis in value.sources[dim] & self.losing.keys():
+            mark_inexact(value.dims[dim], self.losing[axis])
+
+    def lose_zeros(self, value: Value, reason: str) -> None:
+        """Note that zeros in the parameters behind a weight give no zeros in it: it shows where that is summed over."""
+        for axis in NOWHERE.union(*value.sources):
+            self.losing.setdefault(axis, reason)
 
     def produce(self, value: Value, dim: int) -> None:
         """Note that a weight's dimension becomes a layer's output dimension."""
@@ -214,6 +231,8 @@ class Recorder(TorchDispatchMode):
         if mutable:
             for out in call.outputs:
                 self._versions[id(out)] = self._versions.get(id(out), 0) + 1
+                if not self.value(out).is_weight:
+                    self._hold_data(out)
         makes = tuple(self.state(tensor) for tensor in call.outputs)
         self.events.append(Event(name, self.layers[-1] if self.layers else None, reads, makes))
         return output
@@ -240,6 +259,11 @@ class Recorder(TorchDispatchMode):
                 logger.debug("rule of %s gave sizes %s for %s", call.name, sizes, tuple(output.shape))
                 call.freeze_all(f"the operator '{call.name}' is used in a form that has no rule")
                 return
+
+
+def _storage(tensor: Tensor) -> int | None:
+    """Identity of the tensor's memory; None for layouts that have none of their own."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:

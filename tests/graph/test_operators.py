@@ -356,7 +356,7 @@ CASES: dict[str, Case] = {
     "queries that are parameters": Case(
         lambda: Net(latents, z=parameter(5, 6), q=linear(), k=linear(), v=linear(6, 7), o=linear(7, 2)),
         (2, 4, 6),
-        "q=8 v:head_dim=7",
+        "k=8 v:head_dim=7",  # no data pass q, which is tied to k
     ),
 }
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from gracile.graph.axes import Expr, freeze, mark_aligned, mark_inexact, mark_kind
 from gracile.graph.recorder import Call, Rule, Unfollowed, Value
-from gracile.graph.rules.base import broadcast, free, meet
+from gracile.graph.rules.base import broadcast, meet
 
 #: Rows of the operands of a grouped product start at multiples of this many bytes.
 ALIGNMENT = 16
@@ -18,9 +18,16 @@ def contract(call: Call, a: Value, a_dim: int, b: Value, b_dim: int) -> Expr:
     dim = meet(a.dims[a_dim], b.dims[b_dim])
     call.recorder.contract(a, a_dim)
     call.recorder.contract(b, b_dim)
-    if not a.is_weight and not b.is_weight and free(dim):
+    if not a.is_weight and not b.is_weight:
         mark_inexact(dim, BETWEEN_ACTIVATIONS)
     return dim
+
+
+def _make(call: Call, a: Value, a_dim: int, b: Value, b_dim: int) -> None:
+    """The outer dimension of a weight is made by a layer; a product of two weights is no layer, no data pass it."""
+    if not (a.is_weight and b.is_weight):
+        call.recorder.produce(a, a_dim)
+        call.recorder.produce(b, b_dim)
 
 
 def mm(call: Call) -> None:
@@ -36,8 +43,7 @@ def addmm(call: Call) -> None:
 def _product(call: Call, left: Tensor, right: Tensor, bias: Tensor | None = None) -> None:
     a, b = call.value(left), call.value(right)
     summed = contract(call, a, 1, b, 0)
-    call.recorder.produce(a, 0)
-    call.recorder.produce(b, 1)
+    _make(call, a, 0, b, 1)
     rows, columns = a.dims[0], b.dims[1]
     call.recorder.count(rows, summed, columns)
     is_weight = a.is_weight and b.is_weight
@@ -59,8 +65,7 @@ def _batched(call: Call, left: Tensor, right: Tensor, bias: Tensor | None = None
     batch = meet(a.dims[0], b.dims[0])
     summed = contract(call, a, 2, b, 1)
     if a.is_weight or b.is_weight:
-        call.recorder.produce(a, 1)
-        call.recorder.produce(b, 2)
+        _make(call, a, 1, b, 2)
     else:
         mark_kind(batch, "heads")
         mark_kind(summed, "head_dim")
@@ -82,7 +87,8 @@ def mv(call: Call) -> None:
     """[m, k] · [k]."""
     a, b = call.value(call["self"]), call.value(call["vec"])
     summed = contract(call, a, 1, b, 0)
-    call.recorder.produce(a, 0)
+    if not b.is_weight:
+        call.recorder.produce(a, 0)
     call.recorder.count(a.dims[0], summed)
     call.set(call.output, [a.dims[0]], [a.sources[0]], a.is_weight and b.is_weight)
 
@@ -117,7 +123,8 @@ def linear(call: Call) -> None:
     """x · Wᵀ + b, where a backend keeps it whole."""
     x, weight = call.value(call["input"]), call.value(call["weight"])
     summed = contract(call, x, len(x.dims) - 1, weight, 1)
-    call.recorder.produce(weight, 0)
+    if not x.is_weight:
+        call.recorder.produce(weight, 0)
     out = weight.dims[0]
     if call.get("bias") is not None:
         out = meet(out, call.dims(call["bias"])[0])

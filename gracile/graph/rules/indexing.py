@@ -6,10 +6,11 @@ import torch
 
 from gracile.graph.axes import Expr, freeze, fresh
 from gracile.graph.recorder import NOWHERE, Call, Rule, Value
-from gracile.graph.rules.base import broadcast, follow, wrap
+from gracile.graph.rules.base import broadcast, follow, meet, wrap
 
 VOCABULARY = "it is the vocabulary of an embedding"
 INDEXED = "its entries are picked by index"
+WRITTEN = "values are written into it by index"
 
 
 def embedding(call: Call) -> None:
@@ -75,15 +76,58 @@ def gather(call: Call) -> None:
     call.set(call.output, [fresh(n, INDEXED) for n in call.output.shape])
 
 
+def put(call: Call) -> None:
+    """x[i, j, …] = values: dimensions that are not indexed are those of the values."""
+    tensor, values = call["self"], call.value(call["values"])
+    target = call.value(tensor)
+    indexed: list[int] = []
+    kept: list[int] = []
+    rank = 0
+    for i in call["indices"]:
+        d = len(indexed) + len(kept)
+        if i is None:
+            kept.append(d)
+            continue
+        mask = i.dtype in (torch.bool, torch.uint8)
+        indexed += range(d, d + (i.ndim if mask else 1))
+        rank = max(rank, 1 if mask else i.ndim)
+        for dim in call.dims(i):
+            freeze(dim, INDEXED)
+    kept += range(len(indexed) + len(kept), tensor.ndim)
+    at = indexed[0] if indexed == list(range(indexed[0], indexed[-1] + 1)) else 0
+    chosen: list[int | None] = [*kept[:at], *[None] * rank, *kept[at:]]
+    for place, dim in zip(reversed(chosen), reversed(values.dims)):
+        if place is None:
+            freeze(dim, WRITTEN)
+        else:
+            meet(target.dims[place], dim)
+    for d in indexed:
+        freeze(target.dims[d], WRITTEN)
+    call.set(call.output, target.dims, target.sources, target.is_weight and values.is_weight)
+
+
+def put_along(call: Call) -> None:
+    """`index_add` and `index_copy` write slices along one dimension; the others are those of the slices."""
+    target, source = call.value(call["self"]), call.value(call["source"])
+    along = wrap(call["dim"], len(target.dims))
+    for d, (mine, its) in enumerate(zip(target.dims, source.dims)):
+        if d == along:
+            freeze(mine, WRITTEN)
+            freeze(its, WRITTEN)
+        else:
+            meet(mine, its)
+    call.set(call.output, target.dims, target.sources, target.is_weight and source.is_weight)
+
+
 def write(call: Call) -> None:
     """`scatter` and its like write at positions given as data."""
     for tensor in call.tensors:
         for dim in call.dims(tensor):
-            freeze(dim, "values are written into it by index")
+            freeze(dim, WRITTEN)
     follow(call, call.output, call["self"])
 
 
-_WRITES = "scatter scatter_add scatter_reduce index_put _index_put_impl index_add index_copy masked_scatter index_fill"
+_WRITES = "scatter scatter_add scatter_reduce masked_scatter index_fill"
 
 RULES: dict[str, Rule] = {
     "embedding": embedding,
@@ -94,5 +138,7 @@ RULES: dict[str, Rule] = {
     "index": index,
     "_unsafe_index": index,
     "gather": gather,
+    **dict.fromkeys(("index_put", "_index_put_impl"), put),
+    **dict.fromkeys(("index_add", "index_copy"), put_along),
     **dict.fromkeys(_WRITES.split(), write),
 }

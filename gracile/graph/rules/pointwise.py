@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gracile.graph.axes import mark_inexact
-from gracile.graph.recorder import Call, Rule
+from gracile.graph.recorder import Call, Rule, Value
 from gracile.graph.rules.base import broadcast, follow
 
 
@@ -15,8 +14,8 @@ def pointwise(call: Call) -> None:
     for output in call.outputs:
         dims, sources, is_weight = broadcast(values, output.shape)
         if is_weight and not _keeps_zero(call):
-            for dim in dims:
-                mark_inexact(dim, f"a parameter passes '{call.name}', which does not keep zeros")
+            reason = f"a parameter passes '{call.name}', which does not keep zeros"
+            call.recorder.lose_zeros(Value(dims, sources, True), reason)
         call.set(output, dims, sources, is_weight)
 
 

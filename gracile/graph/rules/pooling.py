@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gracile.graph.axes import freeze
+from gracile.graph.axes import freeze, fresh
 from gracile.graph.recorder import Call, Rule
 from gracile.graph.rules.base import spatial
 
@@ -18,6 +18,16 @@ def _over_last(count: int) -> Rule:
     return rule
 
 
+def over_boxes(call: Call) -> None:
+    """Pooling over boxes given as data, [boxes, channels, h, w]: a row for each box, and channels pass."""
+    _, channels, *places = call.dims(call["input"])
+    for dim in (*places, *call.dims(call["rois"])):
+        freeze(dim, f"'{call.name}' mixes its neighbours")
+    for output in call.outputs:
+        sizes = output.shape[2:]
+        call.set(output, [fresh(output.shape[0], "it counts boxes"), channels, *(spatial(n) for n in sizes)])
+
+
 _FAMILIES = (
     "avg_pool{}d max_pool{}d_with_indices max_pool{}d adaptive_avg_pool{}d _adaptive_avg_pool{}d adaptive_max_pool{}d "
     "fractional_max_pool{}d reflection_pad{}d replication_pad{}d upsample_nearest{}d _upsample_nearest_exact{}d "
@@ -30,4 +40,5 @@ RULES: dict[str, Rule] = {
     "upsample_linear1d": _over_last(1),
     **dict.fromkeys(_PLANAR.split(), _over_last(2)),
     "upsample_trilinear3d": _over_last(3),
+    **dict.fromkeys(("roi_align", "roi_pool"), over_boxes),
 }
