@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gracile.data import Batch, Data
 from gracile.solvers import LeastSquares, Moments
 from gracile.stats.collect import unfold_input, unfoldable
-from gracile.stats.sums import read_layer
+from gracile.stats.sums import read_layer, watch_blocks
 
 #: Tokens or positions behind the moments of one layer; neighbouring positions of an image say nearly the same.
 ROWS = 65536
@@ -32,7 +32,8 @@ class Refit:
     batches: calibration batches; both models run in eval mode. kept: layer -> indices of the original's outputs that
     the layer still has; all where not named. norms: layer -> the batch norm that alone reads its output, which takes
     up a shifted mean where the layer has no bias. summed: layers whose output is added to a stream; their target also
-    carries the error of that stream.
+    carries the error of that stream. absorbed: such layers, without a batch norm -> blocks of the original that the
+    model lacks behind it, and whose change of the stream it is to make too.
     """
 
     model: nn.Module
@@ -44,6 +45,7 @@ class Refit:
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     norms: Mapping[str, str] = field(default_factory=dict)
     summed: frozenset[str] = frozenset()
+    absorbed: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def centred(self, name: str) -> bool:
         """Whether the layer's outputs may shift by a constant, so that second moments are about the mean."""
@@ -66,6 +68,9 @@ class Refit:
             x0 = unfold_input(self.original.get_submodule(name), input0)[0]
             x = unfold_input(self.model.get_submodule(name), input1)[0]
             delta = self._error(name, stream0, stream)
+            if delta is not None and name in self.absorbed:
+                for entered, left in watch_blocks(self.original, self.absorbed[name], run).values():
+                    delta = delta + (left - entered).movedim(self._channel(name), -1).flatten(0, -2)
             if len(x) > wanted:
                 chosen = torch.randint(len(x), (wanted,), generator=self.generator).to(x.device)
                 x0, x, delta = x0[chosen], x[chosen], None if delta is None else delta[chosen]
@@ -102,11 +107,14 @@ class Refit:
             if norm.running_mean is not None:  # without, it takes out the mean of the batch by itself
                 norm.running_mean.copy_(norm0.running_mean[rows].double().cpu() - shift)
 
+    def _channel(self, name: str) -> int:
+        return 1 if "Conv" in type(self.model.get_submodule(name)).__name__ else -1
+
     def _error(self, name: str, stream0: Tensor | None, stream: Tensor | None) -> Tensor | None:
         """[rows, out]: error of the stream in the units of the layer's output, the batch norm behind it undone."""
         if stream0 is None or stream is None:
             return None
-        channel = 1 if "Conv" in type(self.model.get_submodule(name)).__name__ else -1
+        channel = self._channel(name)
         stream0, stream = (t.movedim(channel, -1).flatten(0, -2) for t in (stream0, stream))
         if name in self.kept:
             stream0 = stream0[:, self.kept[name].to(stream0.device)]
