@@ -96,11 +96,12 @@ def width(model: nn.Module, fraction: float, args: argparse.Namespace, criterion
     """Heads and hidden units until so much of the blocks' parameters is gone: an absolute number of all parameters."""
     left = sum(p.numel() for p in model.parameters()) - fraction * block_parameters(model)
     obs = criterion == "obs"
+    measured = gc.allocate.MeasuredLoss(power=args.power, examples=args.table_windows, rounds=args.rounds)
     return gc.Prune(
         to=gc.Parameters(left),
         criterion=gc.criteria.OBS() if obs else gc.criteria.Magnitude(),
         pattern=(gc.Channels(), gc.Heads()),
-        allocation=gc.allocate.MeasuredLoss(examples=args.table_windows, rounds=args.rounds) if obs else None,
+        allocation=measured if obs else None,
         repair=None if criterion == "magnitude" else gc.solvers.LeastSquares(),
         exclude=EXCLUDED,
     )
@@ -113,6 +114,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--table-windows", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--power", type=float, default=1.0)
     parser.add_argument("--layer", action="store_true")
     parser.add_argument("--baselines", action="store_true")
     parser.add_argument("--epochs", type=int, default=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -103,3 +103,26 @@ def _read(
         for handle in handles:
             handle.remove()
     return inputs
+
+
+@torch.no_grad()
+def watch_blocks(
+    model: nn.Module, blocks: Sequence[str], run: Callable[[nn.Module], Any]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Name -> (what a residual block is given, what it returns), the first tensor of each, as they are called."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def on_output(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            x = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+            found[name] = (x.clone(), (output[0] if isinstance(output, tuple) else output).clone())
+
+        return on_output
+
+    handles = [model.get_submodule(n).register_forward_hook(hook(n), with_kwargs=True) for n in blocks]
+    try:
+        run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

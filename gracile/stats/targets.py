@@ -42,7 +42,8 @@ class Targets:
     """Targets of layers of the original: one forward of each batch gives those of as many layers as may be held.
 
     original: runs in eval mode. layers: in the order of its forward, each called once. sums: layer -> the module whose
-    output is added to a stream: the layer itself or the batch norm behind it.
+    output is added to a stream: the layer itself or the batch norm behind it. absorbed: such layers -> blocks behind
+    the sum, whose change of the stream the layer is to make too; it counts as part of the stream.
     """
 
     def __init__(
@@ -53,9 +54,11 @@ class Targets:
         layers: Sequence[str],
         generator: torch.Generator,
         sums: Mapping[str, str] | None = None,
+        absorbed: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.original, self.batches, self.data = original, batches, data
         self.layers, self.sums = list(layers), dict(sums or {})
+        self.absorbed = dict(absorbed or {})
         self._seed = int(torch.randint(2**31, (1,), generator=generator))
         self._held: dict[str, Target] = {}
 
@@ -106,6 +109,16 @@ class Targets:
             target.streams.append(rows_at(self.original.get_submodule(name), stream, target.chosen[-1]))
 
         for name in held:
+            for block in self.absorbed.get(name, ()) if name in self.sums else ():
+
+                def on_block(_m: Any, args: Any, kwargs: Any, y: Any, name: str = name) -> None:
+                    entered = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+                    change = (y[0] if isinstance(y, tuple) else y) - entered
+                    target = held[name]
+                    target.streams[-1] += rows_at(self.original.get_submodule(name), change, target.chosen[-1])
+
+                block_module = self.original.get_submodule(block)
+                handles.append(block_module.register_forward_hook(on_block, with_kwargs=True))
             layer = self.original.get_submodule(name)
             handles.append(layer.register_forward_hook(lambda _m, _a, y, name=name: on_output(name, y)))
         for module, name in owners.items():

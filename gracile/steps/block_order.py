@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -16,6 +16,7 @@ from gracile.patterns import Layers
 from gracile.recipe import Recorder
 from gracile.sharing import share_parameters
 from gracile.stats.match import divergence, split_batches
+from gracile.steps.absorb import absorbing_layers
 from gracile.steps.blocks import put_module, put_skip, skip_blocks
 from gracile.steps.repair import repair_units
 from gracile.steps.tables import outputs_of, some_batches
@@ -112,20 +113,29 @@ def repair_blocks(
     context: Context,
     recorder: Recorder,
 ) -> None:
-    """Refit and correct a model without some blocks, towards the one with them, from the first of them on."""
-    traced = trace(model, lambda net: context.data.forward(net, batch))
-    first = first_behind(traced, reference, gone, batch, context)
-    repair_units(model, reference, traced, Resize({}), step, context, recorder, first)
+    """Refit and correct a model without some blocks, towards the one with them.
 
-
-def first_behind(
-    traced: Trace, reference: nn.Module, gone: Sequence[Block], batch: Batch, context: Context
-) -> str | None:
-    """The first layer that is called once behind the first block gone; None where there is none.
-
-    traced: of the model without the blocks. reference: the model with them.
+    Layers behind the first of them, and before that the layers that can take up what blocks added (`absorbing_layers`).
     """
+
+    traced, first, absorbed = after_removal(model, reference, gone, batch, context)
+    repair_units(model, reference, traced, Resize({}), step, context, recorder, first, absorbed)
+
+
+def after_removal(
+    model: nn.Module, reference: nn.Module, gone: Sequence[Block], batch: Batch, context: Context
+) -> tuple[Trace, str | None, dict[str, tuple[str, ...]]]:
+    """A trace of the model without the blocks, the first layer behind them, and the layers that can take them up.
+
+    The first is one that is called once; None where there is none.
+    """
+
+    def run(net: nn.Module) -> Any:
+        return context.data.forward(net, batch)
+
+    traced = trace(model, run)
+    order = [layer.name for layer in trace(reference, run).layers]
     left = {layer.name for layer in traced.layers if layer.calls == 1}
-    order = [layer.name for layer in trace(reference, lambda net: context.data.forward(net, batch)).layers]
     inside = [i for i, name in enumerate(order) if any(name.startswith(f"{block.name}.") for block in gone)]
-    return next((name for name in order[inside[0] :] if name in left), None)
+    first = next((name for name in order[inside[0] :] if name in left), None)
+    return traced, first, absorbing_layers(reference, traced, order, gone, run)

@@ -13,13 +13,13 @@ from gracile.context import Context
 from gracile.data import Batch
 from gracile.errors import ConfigError, NothingChangedError
 from gracile.goal import Budget, Latency
-from gracile.graph import Block, trace
+from gracile.graph import Block
 from gracile.patterns import Layers
 from gracile.recipe import Recorder
 from gracile.sharing import own_parameters, share_parameters
 from gracile.stats.collect import first_batch
 from gracile.stats.match import divergence
-from gracile.steps.block_order import BlockOrder, first_behind, repair_blocks
+from gracile.steps.block_order import BlockOrder, after_removal, repair_blocks
 from gracile.steps.blocks import removal_edits, select_blocks, skip_blocks
 from gracile.steps.budget import cost_of
 from gracile.steps.prune_layers import record_blocks
@@ -130,16 +130,17 @@ def _attempt(model: nn.Module, order: BlockOrder, batch: Batch, units: Prune, co
     assert units.to is not None
     gone = list(order.gone)
     trial, recorder = share_parameters(model), Recorder(units)
-    first, within = None, False
+    first: str | None = None
+    absorbed: dict[str, tuple[str, ...]] = {}
+    within = False
     if gone:
         skip_blocks(trial, gone)
         reached = cost_of(units.to, trial, context, batch)
         within = reached <= units.to.limit(reached)
         repair_blocks(trial, model, gone, batch, units, context, recorder if within else Recorder(units))
-        traced = trace(trial, lambda net: context.data.forward(net, batch))
-        first = first_behind(traced, model, gone, batch, context)
+        _, first, absorbed = after_removal(trial, model, gone, batch, context)
     if not within:
-        prune_units(trial, units, context, recorder, reference=model, first=first)
+        prune_units(trial, units, context, recorder, reference=model, first=first, absorbed=absorbed)
     loss = divergence(outputs_of(trial, context.data, order.held_out), order.expected)
     return Attempt(gone, dict(order.losses), trial, recorder, loss if math.isfinite(loss) else math.inf), within
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -48,11 +48,13 @@ def prune_units(
     *,
     reference: nn.Module | None = None,
     first: str | None = None,
+    absorbed: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Cut the lowest-scored units of the selected groups, check the result, and correct statistics.
 
     reference: what the cut model is repaired towards; None: the model before the cut. Another one has all layers of the
-        model, of the same shapes. first: a layer whose inputs differ from the reference's before any cut.
+        model, of the same shapes. first: a layer whose inputs differ from the reference's before any cut. absorbed:
+        layers that make up for blocks of the reference that the model lacks (`Refit`).
     """
     batch = first_batch(context.data)
 
@@ -85,7 +87,7 @@ def prune_units(
                 LayerRow(name=group.name, kind=group.kind, action="cut", kept=kept, of=group.units, reason=group.exact)
             )
     recorder.numbers["units_removed"] = sum(traced.group(name).units - len(kept) for name, kept in keep.items())
-    repair_units(model, reference, traced, edit, step, context, recorder, first)
+    repair_units(model, reference, traced, edit, step, context, recorder, first, absorbed)
 
 
 def reads_inputs(step: Prune) -> bool:

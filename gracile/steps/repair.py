@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,12 +35,13 @@ def repair_units(
     context: Context,
     recorder: Recorder,
     first: str | None = None,
+    absorbed: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Refit (if the step has a repair) and correct (if it says so) the cut model towards the one before the cut.
 
     The refit is kept if the output error on held-out calibration batches is lower with it than without.
     first: a layer whose inputs have changed otherwise. Layers are refitted from there or from the first that lost
-        inputs on, whichever comes first.
+        inputs on, whichever comes first. absorbed: layers before it that take up what removed blocks did (`Refit`).
     """
     kept = kept_outputs(edit)
     if step.repair is None and not step.correct:
@@ -53,7 +54,7 @@ def repair_units(
     without = _settle(model, reference, step, context, plain_recorder, kept)
     plain = _vectors(model)
     _put(model, cut)
-    layers, skipped = _refit(model, reference, traced, edit, step.repair, context, first)
+    layers, skipped = _refit(model, reference, traced, edit, step.repair, context, first, absorbed or {})
     refitted_recorder = Recorder(step)
     error = _settle(model, reference, step, context, refitted_recorder, kept)
     accepted = error < without
@@ -130,6 +131,7 @@ def _refit(
     solver: LeastSquares,
     context: Context,
     first: str | None,
+    absorbed: Mapping[str, Sequence[str]],
 ) -> tuple[list[str], dict[str, str]]:
     """Refit every layer that can be, from the earlier of `first` and the first that lost inputs on.
 
@@ -140,10 +142,11 @@ def _refit(
     starts = [name for name in order if name == first or f"{name}.weight:1" in edit.keep]
     if not starts:
         return [], {}
-    later = order[order.index(starts[0]) :]
+    start = order.index(starts[0])
+    later = [name for i, name in enumerate(order) if i >= start or name in absorbed]
     layers = [n for n in later if refittable(model.get_submodule(n)) and refittable(reference.get_submodule(n))]
     rows = {n: torch.tensor(edit.keep[f"{n}.weight:0"]) for n in layers if f"{n}.weight:0" in edit.keep}
-    targets = targets_of(reference, traced, layers, context)
+    targets = targets_of(reference, traced, layers, context, absorbed=absorbed)
     repair = Refit(model, targets, solver, kept=rows, norms=dict(traced.batch_norm_pairs()))
     with eval_mode(model, reference):
         skipped = refit(repair, layers, on_layer=lambda n: context.progress("refit", n, len(layers)))

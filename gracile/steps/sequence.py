@@ -111,16 +111,21 @@ def layers_in_order(model: nn.Module, traced: Trace) -> list[str]:
 
 
 def targets_of(
-    model: nn.Module, traced: Trace, layers: Sequence[str], context: Context, batches: Sequence[Batch] | None = None
+    model: nn.Module,
+    traced: Trace,
+    layers: Sequence[str],
+    context: Context,
+    batches: Sequence[Batch] | None = None,
+    absorbed: Mapping[str, Sequence[str]] | None = None,
 ) -> Targets:
     """What the layers give on these batches, and what is added to it, also behind a batch norm.
 
-    batches: None takes all calibration batches to fit on.
+    batches: None takes all calibration batches to fit on. absorbed: see `Targets`.
     """
     norms = dict(traced.batch_norm_pairs())
     sums = {name: norms.get(name, name) for name in layers if traced.feeds_sum(name)}
     batches = split_batches(context.data)[0] if batches is None else batches
-    return Targets(model, batches, context.data, layers, context.generator("refit"), sums)
+    return Targets(model, batches, context.data, layers, context.generator("refit"), sums, absorbed)
 
 
 def _reading(model: nn.Module, group: Group) -> dict[str, Tensor]:
