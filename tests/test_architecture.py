@@ -17,7 +17,7 @@ LEVELS = [
     {"errors", "layer_stats", "data", "goal", "context", "environment", "config", "files", "modes", "version"},
     {"criteria", "losses", "formats", "ranges", "metrics", "solvers"},
     {"nn"},
-    {"stats", "graph", "patterns", "allocate", "equalize", "select", "surgery"},
+    {"stats", "graph", "patterns", "allocate", "knapsack", "equalize", "select"} | {"surgery"},
     {"recipe", "compress", "artifact", "evaluate", "report"}
     | {"check", "inspection", "measure", "result", "run_directory"},
     {"steps", "targets", "inputs"},

@@ -14,7 +14,7 @@ from gracile.context import Context, derive_seed
 from gracile.criteria import Magnitude
 from gracile.data import Data
 from gracile.errors import ConfigError, DataError
-from gracile.goal import Budget
+from gracile.goal import Budget, Latency
 from gracile.graph import trace
 from gracile.layer_stats import GATE_STATS, GRADIENT_STATS
 from gracile.patterns import NM, Channels, Heads, Layers, Unstructured
@@ -27,6 +27,7 @@ from gracile.steps.correct import copy_model
 from gracile.steps.prune_layers import prune_layers
 from gracile.steps.prune_units import prune_units
 from gracile.steps.prune_weights import prune_weights
+from gracile.steps.timing import target_of
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,9 @@ class Prune(Step):
                 f"Prune: the criterion {type(self.criterion).__name__} needs gradients, and there are no labelled data "
                 f"or no loss.\n  Pass Data(train=..., loss=gracile.losses.cross_entropy), or use Magnitude()."
             )
+
+        if isinstance(self.to, Latency):
+            target_of(self.to, context)
 
     def plan(self, model: nn.Module, data: Data, *, target: Any = None, seed: int = 0) -> StepRecord:
         """What `compress(model, self, data, seed=seed)` would cut, what it would leave and why, and what that saves.

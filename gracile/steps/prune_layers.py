@@ -24,6 +24,7 @@ from gracile.steps.budget import cost_of
 from gracile.steps.correct import copy_model
 from gracile.steps.repair import repair_units
 from gracile.steps.tables import outputs_of, some_batches
+from gracile.steps.timing import Timer, timer_for
 from gracile.surgery import Edit, Remove, Resize, Swap, apply
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ def prune_layers(model: nn.Module, step: Prune, context: Context, recorder: Reco
     """Leave out blocks one after another, each time the one that costs least, repair the rest, and record it all."""
     batch = first_batch(context.data)
     blocks = select_blocks(model, batch, step, context, recorder)
-    gone, losses = choose_blocks(model, blocks, batch, step, context)
+    with timer_for(step.to, model, context, batch) as timer:
+        gone, losses = choose_blocks(model, blocks, batch, step, context, timer)
     if not gone:
         raise NothingChangedError(
             f"Prune: none of {len(blocks)} residual blocks was removed; without the cheapest the outputs diverge by "
@@ -88,13 +90,18 @@ def select_blocks(model: nn.Module, batch: Batch, step: Prune, context: Context,
 
 
 def choose_blocks(
-    model: nn.Module, blocks: Sequence[Block], batch: Batch, step: Prune, context: Context
+    model: nn.Module, blocks: Sequence[Block], batch: Batch, step: Prune, context: Context, timer: Timer | None = None
 ) -> tuple[list[Block], dict[Block, float]]:
-    """Blocks to leave out, in the order chosen, and for every block the last divergence measured with it left out."""
+    """Blocks to leave out, in the order chosen, and for every block the last divergence measured with it left out.
+
+    timer: of the model, for a budget of latency.
+    """
     trial = copy_model(model).eval()
     batches = some_batches(context.data, step.pattern.examples)
     references = outputs_of(trial, context.data, batches)
-    original = cost_of(step.to, model, context, batch) if step.to is not None else math.nan
+    original = math.nan
+    if step.to is not None:
+        original = cost_of(step.to, model, context, batch) if timer is None else timer.whole_ms
     if step.to is not None and original <= step.to.limit(original):
         raise ConfigError(f"Prune(to={step.to}): the model is within this budget already ({original:g}).")
     gone: list[Block] = []
@@ -119,7 +126,7 @@ def choose_blocks(
         gone.append(best)
         _put(trial, best.name, _skip_module(best, trial))
         if step.to is not None:
-            reached = cost_of(step.to, trial, context, batch)
+            reached = cost_of(step.to, trial, context, batch, timer)
 
 
 def removal_edits(model: nn.Module, gone: Sequence[Block], batch: Batch, context: Context) -> list[Edit]:

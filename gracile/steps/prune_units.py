@@ -24,11 +24,13 @@ from gracile.steps.budget import meet_budget
 from gracile.steps.consumers import collect_consumers, readers
 from gracile.steps.correct import copy_model
 from gracile.steps.cut import Keep, cut_checked
+from gracile.steps.latency_budget import LatencyBudget, prepare_latency, record_latency, with_vector_widths
 from gracile.steps.reallocate import reallocate
 from gracile.steps.repair import repair_units
 from gracile.steps.scores import score_weights
 from gracile.steps.sequence import choose_in_sequence
 from gracile.steps.tables import measure_tables
+from gracile.steps.timing import Timer, timer_for
 from gracile.steps.units import exchange_units, score_groups
 from gracile.steps.widths import keep_highest, share_out
 
@@ -54,17 +56,20 @@ def prune_units(model: nn.Module, step: Prune, context: Context, recorder: Recor
         consumers = collect_consumers(model, traced, groups, context)
     scores = score_units(model, groups, consumers, step, context, recorder)
     groups = [group for group in groups if group.name in scores]
-    keep = choose_units(model, traced, groups, scores, consumers, step, context, batch, recorder)
-    if not keep:
-        raise NothingChangedError(
-            f"Prune: no unit was removed from {len(groups)} groups; each keeps at least one, none scored low enough.\n"
-            f"  Raise the amount; `gracile inspect` shows the groups and their sizes."
+    with timer_for(step.to, model, context, batch) as timer:
+        keep = choose_units(model, traced, groups, scores, consumers, step, context, batch, recorder, timer)
+        if not keep:
+            raise NothingChangedError(
+                f"Prune: no unit was removed from {len(groups)} groups; each keeps at least one, none scored low "
+                f"enough.\n  Raise the amount; `gracile inspect` shows the groups and their sizes."
+            )
+        reference = copy_model(model)
+        checked = list(itertools.islice(context.data.calibration_batches, CHECKED_BATCHES))
+        keep, edit = cut_checked(
+            model, traced, keep, lambda net: [context.data.forward(net, each) for each in checked], recorder
         )
-    reference = copy_model(model)
-    checked = list(itertools.islice(context.data.calibration_batches, CHECKED_BATCHES))
-    keep, edit = cut_checked(
-        model, traced, keep, lambda net: [context.data.forward(net, each) for each in checked], recorder
-    )
+        if timer is not None:
+            record_latency(model, timer, step, recorder)
     recorder.edits.append(edit)
     for group in groups:
         kept = len(keep.get(group.name, range(group.units)))
@@ -168,27 +173,55 @@ def choose_units(
     context: Context,
     batch: Batch,
     recorder: Recorder,
+    timer: Timer | None = None,
 ) -> Keep:
     """Indices kept of each group that loses any: by threshold, by a share of all units, or to a budget.
 
     A criterion that reads inputs then chooses again which units make up these widths: with a repair, group after group
     behind the cuts before.
     """
-    in_sequence = step.repair is not None and scores_by_inputs(step.criterion)
     if isinstance(step.allocation, MeasuredLoss):
-        tables = measure_tables(model, traced, groups, scores, consumers, step.allocation, context)
-        keep = share_out(tables, step.allocation, model, traced, groups, scores, step, context, batch)
-        if keep and in_sequence:
-            return reallocate(keep, tables, scores, model, traced, groups, step, context, batch, recorder)
-    elif step.below is not None:
+        return _by_measured_loss(model, traced, groups, scores, consumers, step, context, batch, recorder, timer)
+    in_sequence = step.repair is not None and scores_by_inputs(step.criterion)
+    if step.below is not None:
         removed = {name: int((s < step.below).sum()) for name, s in scores.items()}
         keep = keep_highest(groups, scores, {n: min(r, scores[n].numel() - 1) for n, r in removed.items()}, step)
     else:
-        keep = _by_function(model, traced, groups, scores, step, context, batch)
+        keep = _by_function(model, traced, groups, scores, step, context, batch, timer)
     if keep and in_sequence:
         assert step.repair is not None
         return choose_in_sequence(model, traced, groups, keep, step.criterion, step.repair, context).keep
     return keep if step.below is not None else exchange_units(keep, consumers, step.criterion)
+
+
+def _by_measured_loss(
+    model: nn.Module,
+    traced: Trace,
+    groups: list[Group],
+    scores: dict[str, Tensor],
+    consumers: Mapping[str, list[Consumer]],
+    step: Prune,
+    context: Context,
+    batch: Batch,
+    recorder: Recorder,
+    timer: Timer | None,
+) -> Keep:
+    """Widths by tables of losses, against multiply-accumulates or against tables of latency; and the units of them."""
+    assert isinstance(step.allocation, MeasuredLoss)
+    latency: LatencyBudget | None = None
+    if timer is not None:
+        step = with_vector_widths(step)
+        latency = prepare_latency(model, traced, groups, step, context, batch, timer, recorder)
+    assert isinstance(step.allocation, MeasuredLoss)
+    tables = measure_tables(model, traced, groups, scores, consumers, step.allocation, context)
+    keep = share_out(tables, step.allocation, model, traced, groups, scores, step, context, batch, None, latency)
+    if keep and step.repair is not None and scores_by_inputs(step.criterion):
+        keep = reallocate(keep, tables, scores, model, traced, groups, step, context, batch, recorder, latency)
+    else:
+        keep = exchange_units(keep, consumers, step.criterion)
+    if latency is not None:
+        recorder.numbers["latency_predicted_ms"] = latency.predicted_ms(keep)
+    return keep
 
 
 def _by_function(
@@ -199,6 +232,7 @@ def _by_function(
     step: Prune,
     context: Context,
     batch: Batch,
+    timer: Timer | None,
 ) -> Keep:
     """Widths by an allocation that looks at the scores alone."""
     allocation: Any = step.allocation or GlobalRank()
@@ -211,7 +245,7 @@ def _by_function(
 
     if step.to is not None:
         largest = min(0.99, getattr(allocation, "max_fraction", 1.0))
-        return meet_budget(step.to, model, traced, at, context, batch, largest)
+        return meet_budget(step.to, model, traced, at, context, batch, largest, timer)
     assert step.fraction is not None
     return at(step.fraction)
 

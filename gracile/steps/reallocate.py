@@ -18,6 +18,7 @@ from gracile.modes import eval_mode
 from gracile.recipe import Recorder
 from gracile.stats.match import divergence
 from gracile.steps.budget import Keep
+from gracile.steps.latency_budget import LatencyBudget
 from gracile.steps.sequence import Trial, choose_in_sequence
 from gracile.steps.tables import measure_around, outputs_of, some_batches
 from gracile.steps.widths import share_out
@@ -37,6 +38,7 @@ def reallocate(
     context: Context,
     batch: Batch,
     recorder: Recorder,
+    latency: LatencyBudget | None = None,
 ) -> Keep:
     """The units that stay of the trial nearest to the model: of two starts, then of the allocation's rounds.
 
@@ -62,7 +64,7 @@ def reallocate(
         if 0 < len(inner) < len(groups):
             alone = {g.name: tables[g.name] for g in inner}
             with contextlib.suppress(ConfigError):  # the amount cannot be met by these groups alone
-                keep = share_out(alone, allocation, model, traced, groups, scores, step, context, batch)
+                keep = share_out(alone, allocation, model, traced, groups, scores, step, context, batch, None, latency)
                 losses.append(attempt(keep))
             least, best = min(losses, key=lambda found: found[0])
     shrink, around, linear = 1.0, None, replace(allocation, power=1.0)
@@ -73,7 +75,7 @@ def reallocate(
                 around = measure_around(best, traced, free, allocation, shrink, references, batches, context)
         near = {g.name: _within(around[g.name], best, g, allocation.reach * shrink) for g in free}
         fixed = {name: kept for name, kept in best.keep.items() if name not in best.scores}
-        keep = share_out(near, linear, model, traced, groups, best.scores, step, context, batch, fixed)
+        keep = share_out(near, linear, model, traced, groups, best.scores, step, context, batch, fixed, latency)
         if _widths(keep) == _widths(best.keep):
             break
         losses.append(attempt(keep))

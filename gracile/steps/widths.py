@@ -16,6 +16,7 @@ from gracile.data import Batch
 from gracile.errors import ConfigError
 from gracile.graph import Group, Trace
 from gracile.steps.budget import Keep, meet_budget
+from gracile.steps.latency_budget import LatencyBudget
 
 if TYPE_CHECKING:
     from gracile.steps.prune import Prune
@@ -32,19 +33,26 @@ def share_out(
     context: Context,
     batch: Batch,
     fixed: Mapping[str, list[int]] | None = None,
+    latency: LatencyBudget | None = None,
 ) -> Keep:
     """Indices kept of each group that loses any: the widths of the tables that just meet the step's amount.
 
     Groups without a table stay whole, or as they are in `fixed`. Levels save multiply-accumulates; where the amount is
-    a share of the units, units are counted instead.
+    a share of the units, units are counted instead, and of the latency, what the budget's own tables say.
     """
 
     fixed = fixed or {}
     free = [group for group in groups if group.name in tables]
 
-    def saving(amount: float) -> Keep:
-        return {**fixed, **keep_highest(free, scores, allocation.choose(tables, amount), step)}
+    def keeping(removed: dict[str, int]) -> Keep:
+        return {**fixed, **keep_highest(free, scores, removed, step)}
 
+    def saving(amount: float) -> Keep:
+        return keeping(allocation.choose(tables, amount))
+
+    if latency is not None:
+        exact = {g.name: [level for level in tables[g.name] if _is_count(g, level.removed, step)] for g in free}
+        return latency.meet(exact, allocation, keeping)
     if step.to is not None:
         return meet_budget(step.to, model, traced, lambda f: saving(f * traced.macs), context, batch)
     assert step.fraction is not None
@@ -74,6 +82,12 @@ def keep_highest(groups: list[Group], scores: Mapping[str, Tensor], removed: Map
             order = torch.argsort(scores[group.name], descending=True, stable=True)
             keep[group.name] = sorted(order[: counts[group.name]].tolist())
     return keep
+
+
+def _is_count(group: Group, removed: int, step: Prune) -> bool:
+    """Whether the pattern leaves the number of units as it is."""
+    multiple = getattr(step.pattern_of(group.kind), "multiple_of", 1)
+    return _rounded(group.units - removed, group.units, multiple, [group]) == group.units - removed
 
 
 def _rounded(kept: float, units: int, multiple: int, members: list[Group]) -> int:
