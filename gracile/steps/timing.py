@@ -38,7 +38,9 @@ class Timer:
             return measure_relative(self._whole, self._call(model, Path(folder)), seconds=seconds).share
 
     def _call(self, model: nn.Module, folder: Path) -> Callable[[], Any]:
-        runner = self.target.load(self.target.export(model, self.batch, folder / "model", feed=self._feed))
+        runner = self.target.load(
+            self.target.export(model, self.batch, folder / f"model{self.target.suffix}", feed=self._feed)
+        )
         fed = self._feed(self.batch) if self._feed is not None else self.batch
         return lambda: runner(fed)
 
