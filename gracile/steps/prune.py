@@ -38,7 +38,8 @@ class Prune(Step):
         the residual blocks for `Layers`.
     below: remove what scores less than this; with `Magnitude`, weights with |w| < below, or units whose producing
         weights have a norm below it.
-    to: remove units until a budget is met: MACs, Parameters, Bytes or Latency.
+    to: remove units until a budget is met: MACs, Parameters, Bytes or Latency, that of the first calibration batch
+        on the target, measured in turn with the model as it was.
         Exactly one of `fraction`, `below` and `to` is given, or none with `NM(keep, of)`, whose amount is its name.
     criterion: (weight, stats) -> scores, or one of whole units (`UnitCriterion`); higher is kept.
     pattern: what is removed together. A tuple of `Channels` and `Heads`: units of each kind, to one amount.

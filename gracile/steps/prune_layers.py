@@ -22,6 +22,7 @@ from gracile.stats.collect import first_batch
 from gracile.stats.match import divergence
 from gracile.steps.budget import cost_of
 from gracile.steps.correct import copy_model
+from gracile.steps.latency_budget import record_latency
 from gracile.steps.repair import repair_units
 from gracile.steps.tables import outputs_of, some_batches
 from gracile.steps.timing import Timer, timer_for
@@ -37,21 +38,24 @@ def prune_layers(model: nn.Module, step: Prune, context: Context, recorder: Reco
     blocks = select_blocks(model, batch, step, context, recorder)
     with timer_for(step.to, model, context, batch) as timer:
         gone, losses = choose_blocks(model, blocks, batch, step, context, timer)
-    if not gone:
-        raise NothingChangedError(
-            f"Prune: none of {len(blocks)} residual blocks was removed; without the cheapest the outputs diverge by "
-            f"{min(losses.values()):.3g}.\n  Raise the amount."
-        )
-    for block in blocks:
-        action = "removed" if block in gone else "kept"
-        recorder.layers.append(LayerRow(name=block.name, kind=block.kind, action=action, error=losses[block]))
-    recorder.numbers["blocks_removed"] = len(gone)
-    recorder.numbers["divergence"] = losses[gone[-1]]
-    reference = copy_model(model)
-    edits = removal_edits(model, gone, batch, context)
-    apply(model, [_skip(block) for block in gone])  # all names stay, so that layers are compared with their originals
-    _repair(model, reference, gone, batch, step, context, recorder)
-    apply(model, [edit for edit in edits if isinstance(edit, Remove)])
+        if not gone:
+            raise NothingChangedError(
+                f"Prune: none of {len(blocks)} residual blocks was removed; without the cheapest the outputs diverge "
+                f"by {min(losses.values()):.3g}.\n  Raise the amount."
+            )
+        for block in blocks:
+            action = "removed" if block in gone else "kept"
+            recorder.layers.append(LayerRow(name=block.name, kind=block.kind, action=action, error=losses[block]))
+        recorder.numbers["blocks_removed"] = len(gone)
+        recorder.numbers["divergence"] = losses[gone[-1]]
+        reference = copy_model(model)
+        edits = removal_edits(model, gone, batch, context)
+        # All names stay at first, so that layers are compared with their originals.
+        apply(model, [_skip(block) for block in gone])
+        _repair(model, reference, gone, batch, step, context, recorder)
+        apply(model, [edit for edit in edits if isinstance(edit, Remove)])
+        if timer is not None:
+            record_latency(model, timer, step, recorder)
     recorder.edits.extend(edits)
     recorder.notes.append(
         "The rows give the divergence of the outputs from the original's when a block was removed beside those gone "

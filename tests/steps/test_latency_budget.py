@@ -190,7 +190,10 @@ def test_blocks_are_left_out_to_a_budget_of_latency() -> None:
 
     batches = [torch.randn(8, 6, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     prune = gc.Prune(to=gc.Latency(0.6, target=Clockwork(cost)), pattern=gc.Layers(), correct=False)
-    assert cost(gc.compress(Deep().eval(), prune, gc.Data(calibration=batches)).model) == 3.0
+    result = gc.compress(Deep().eval(), prune, gc.Data(calibration=batches))
+    assert cost(result.model) == 3.0
+    numbers = result.report.steps[0].numbers
+    assert (numbers["latency_before_ms"], numbers["latency_ms"]) == (5.0, pytest.approx(3.0))
 
 
 def test_what_cannot_be_reached_names_the_nearest_and_changes_nothing() -> None:
