@@ -116,8 +116,8 @@ class MeasuredLoss:
         moves they allow: `reach` of a group's units up or down, half of it after a round that got no nearer to the
         original's outputs. There are two starts, one leaves groups whole that several layers read (residual streams).
         0: the widths of single cuts, from one start.
-    multiple_of: widths tried are multiples of the largest power of two up to this that a group holds four times. None:
-        any width; of a latency budget, the floats in a vector of this processor.
+    multiple_of: widths tried are multiples of the largest power of two up to this that a group holds four times, and
+        half of one. None: any width; of a latency budget, the floats in a vector of this processor.
     Source: the one-shot allocation by loss tables of SPDY (Frantar and Alistarh 2022, arXiv:2201.13096); the rounds
     are ours.
     """
@@ -157,12 +157,12 @@ class MeasuredLoss:
         return self._snapped(around, units, least=0)
 
     def _snapped(self, counts: Iterable[float], units: int, least: int) -> list[int]:
-        """The counts removed, rounded so that what is left is a multiple; from `least` to all but one step."""
+        """The counts removed, rounded so that what is left is a multiple, or half of one; `least` is the smallest."""
         step = 1
         while 2 * step <= (self.multiple_of or 1) and 8 * step <= units:
             step *= 2
-        left = {min(max(round((units - count) / step) * step, step), units) for count in counts}
-        return sorted({units - width for width in left if units - width >= least})
+        left = {min(round((units - count) / step) * step or max(step // 2, 1), units) for count in counts}
+        return sorted({units - width for width in left if least <= units - width < units})
 
     def choose(self, tables: Mapping[str, Sequence[Level]], amount: float) -> dict[str, int]:
         """Units to remove by group, saving at least this amount; the most that the tables hold if they hold less.

@@ -150,15 +150,17 @@ def test_widths_are_equal_steps_and_leave_a_unit(levels: int, units: int, expect
 @pytest.mark.parametrize(
     ("multiple_of", "units", "left"),
     [
-        (8, 64, [56, 48, 40, 32, 24, 16, 8]),
-        (16, 64, [48, 32, 16]),
-        (8, 32, [24, 16, 8]),
-        (16, 16, [12, 8, 4]),
-        (8, 12, [10, 8, 6, 4, 2]),
+        (8, 64, [56, 48, 40, 32, 24, 16, 8, 4]),
+        (16, 64, [48, 32, 16, 8]),
+        (8, 32, [24, 16, 8, 4]),
+        (16, 16, [12, 8, 4, 2]),
+        (8, 12, [10, 8, 6, 4, 2, 1]),
         (8, 3, [2, 1]),
     ],
 )
-def test_widths_are_multiples_that_a_group_holds_four_times(multiple_of: int, units: int, left: list[int]) -> None:
+def test_widths_are_multiples_that_a_group_holds_four_times_and_half_of_one(
+    multiple_of: int, units: int, left: list[int]
+) -> None:
     allocation = MeasuredLoss(multiple_of=multiple_of)
     assert [units - count for count in allocation.counts(units)] == left
     around = [units - count for count in allocation.counts_around(units, units - left[0], 1.0)]

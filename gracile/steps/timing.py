@@ -24,18 +24,22 @@ class Timer:
     """The whole model, exported once and kept loaded; other models are exported, timed in turn with it, and dropped.
 
     whole_ms: median latency of the whole model when it was loaded: what shares of it are turned into milliseconds by.
+    error: the largest standard error of a share so far; it grows with what else the machine does.
     """
 
     def __init__(self, model: nn.Module, target: Any, batch: Batch, folder: Path, context: Context) -> None:
         self.target, self.batch = target, batch
         self._folder, self._feed = folder, context.data.feed
         self._whole = self._call(model, self._folder)
-        self.whole_ms = measure_relative(self._whole, self._whole, seconds=CAREFUL).reference_ms
+        found = measure_relative(self._whole, self._whole, seconds=CAREFUL)
+        self.whole_ms, self.error = found.reference_ms, found.error
 
     def relative(self, model: nn.Module, seconds: float = CAREFUL) -> float:
         """The model's latency as a share of the whole one's. Raises TargetError where it cannot be exported."""
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
-            return measure_relative(self._whole, self._call(model, Path(folder)), seconds=seconds).share
+            found = measure_relative(self._whole, self._call(model, Path(folder)), seconds=seconds)
+        self.error = max(self.error, found.error)
+        return found.share
 
     def _call(self, model: nn.Module, folder: Path) -> Callable[[], Any]:
         runner = self.target.load(
@@ -51,7 +55,7 @@ def timer_for(budget: Budget | None, model: nn.Module, context: Context, batch: 
     if not isinstance(budget, Latency):
         yield None
         return
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix="gracile-", ignore_cleanup_errors=True) as folder:
         yield Timer(model, target_of(budget, context), batch, Path(folder), context)
 
 

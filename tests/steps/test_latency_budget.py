@@ -79,12 +79,12 @@ def test_equal_groups_are_timed_once_and_a_second_run_times_no_width() -> None:
     first = Clockwork(staircase)
     gc.compress(Blocks().eval(), step(gc.Latency(0.6, target=first)), data())
     tables = [widths(model) for model in first.exported[1:]]
-    # Three narrower widths of 32, both groups together; seven of 64; then the cuts that are tried.
-    assert tables[:3] == [[24, 24, 64], [16, 16, 64], [8, 8, 64]]
-    assert tables[3:10] == [[32, 32, width] for width in (56, 48, 40, 32, 24, 16, 8)]
+    # Four narrower widths of 32, both groups together; eight of 64; then the cuts that are tried.
+    assert tables[:4] == [[width, width, 64] for width in (24, 16, 8, 4)]
+    assert tables[4:12] == [[32, 32, width] for width in (56, 48, 40, 32, 24, 16, 8, 4)]
     second = Clockwork(staircase)
     result = gc.compress(Blocks().eval(), step(gc.Latency(0.6, target=second)), data())
-    assert len(second.exported) == len(first.exported) - 10
+    assert len(second.exported) == len(first.exported) - 12
     assert any("no width had to be timed" in note for note in result.report.steps[0].notes)
     other = Clockwork(staircase)
     gc.compress(Blocks((32, 32, 32)).eval(), step(gc.Latency(0.6, target=other)), data())
@@ -99,6 +99,17 @@ def test_a_width_that_is_no_faster_is_not_chosen() -> None:
 
     result = gc.compress(Blocks().eval(), step(gc.Latency(0.7, target=Clockwork(coarse))), data())
     assert all(width % 16 == 0 for width in widths(result.model)), widths(result.model)
+
+
+def test_widths_that_the_pattern_would_round_are_not_chosen() -> None:
+    prune = gc.Prune(
+        to=gc.Latency(0.7, target=Clockwork(staircase)),
+        pattern=gc.Channels(multiple_of=16),
+        exclude=("stem",),
+        allocation=MeasuredLoss(multiple_of=8, rounds=0),
+    )
+    result = gc.compress(Blocks().eval(), prune, data())
+    assert all(width % 16 == 0 for width in widths(result.model)) and staircase(result.model) <= 0.7 * 17
 
 
 @pytest.mark.parametrize("more", [-0.4, 0.4])
@@ -123,14 +134,19 @@ def test_the_widths_are_the_best_of_all_within_the_budget(amount: float) -> None
     model = Blocks().eval()
     traced = trace(model, lambda net: net(torch.zeros(1, 3, 6, 6)))
     names = ["up.0", "up.1", "up.2"]
+    units_of = dict(zip(names, (32, 32, 64)))
+
+    def vectors(units: int, removed: int) -> int:
+        return units // 8 - -(-(units - removed) // 8)
+
     generator = torch.Generator().manual_seed(1)
     tables, saved = {}, {}
-    for name, units in zip(names, (32, 32, 64)):
+    for name, units in units_of.items():
         counts = MeasuredLoss(multiple_of=8).counts(units)
         losses = torch.rand(len(counts), generator=generator).cumsum(0) ** 2
         macs = [36 * 144 * count for count in counts]
         tables[name] = [Level(c, float(loss), float(m)) for c, loss, m in zip(counts, losses, macs)]
-        saved[name] = {count: count / 8 / 17 for count in counts}
+        saved[name] = {count: vectors(units, count) / 17 for count in counts}
     timer: Any = type("Timer", (), {"whole_ms": 17.0, "relative": lambda _, net: staircase(net) / 17.0})()
     budget = LatencyBudget(gc.Latency(amount), timer, LatencyTable(saved), model, traced)
 
@@ -140,7 +156,11 @@ def test_the_widths_are_the_best_of_all_within_the_budget(amount: float) -> None
     keep = budget.meet(tables, MeasuredLoss(power=1.0), keep_of)
     chosen = {name: traced.group(name).units - len(keep[name]) if name in keep else 0 for name in names}
     rows = [[Level(0, 0.0, 0.0), *tables[name]] for name in names]
-    fits = [c for c in itertools.product(*rows) if 17 - sum(level.removed for level in c) / 8 <= 0.985 * amount * 17]
+    gone = [
+        (sum(vectors(units, level.removed) for units, level in zip(units_of.values(), c)), c)
+        for c in itertools.product(*rows)
+    ]
+    fits = [c for saving, c in gone if 17 - saving <= 0.985 * amount * 17]
     best = min(sum(level.loss for level in c) for c in fits)
     found = sum(next(level.loss for level in row if level.removed == chosen[n]) for n, row in zip(names, rows))
     assert found == pytest.approx(best)
