@@ -114,8 +114,9 @@ class MeasuredLoss:
     rounds: with a criterion that reads inputs and a repair, the tables are then measured again up to so many times
         around the widths found, all the other groups being cut and refitted, so that losses add up (power 1) for the
         moves they allow: `reach` of a group's units up or down, half of it after a round that got no nearer to the
-        original's outputs. There are two starts, one leaves groups whole that several layers read (residual streams).
-        0: the widths of single cuts, from one start.
+        original's outputs. 0: the widths of single cuts, by `power`.
+    starts: further powers. Where there are rounds, each of them and `power` gives two starts, one of which leaves
+        groups whole that several layers read (residual streams); the rounds go on from the one nearest to the original.
     multiple_of: widths tried are multiples of the largest power of two up to this that a group holds four times, and
         half of one. None: any width; of a latency budget, the floats in a vector of this processor.
     Source: the one-shot allocation by loss tables of SPDY (Frantar and Alistarh 2022, arXiv:2201.13096); the rounds
@@ -123,6 +124,7 @@ class MeasuredLoss:
     """
 
     power: float = 0.5
+    starts: tuple[float, ...] = (0.35, 0.75, 1.0)
     levels: int = 8
     examples: int = 512
     rounds: int = 3
@@ -130,8 +132,10 @@ class MeasuredLoss:
     multiple_of: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.power <= 2:
-            raise ConfigError(f"MeasuredLoss(power={self.power!r}): expected a number above 0, at most 2.")
+        if not all(0 < power <= 2 for power in (self.power, *self.starts)):
+            raise ConfigError(
+                f"MeasuredLoss(power={self.power!r}, starts={self.starts!r}): expected numbers above 0, at most 2."
+            )
         if self.levels < 2 or self.examples < 1:
             raise ConfigError(
                 f"MeasuredLoss(levels={self.levels!r}, examples={self.examples!r}): at least 2 levels and 1 example."

@@ -13,6 +13,7 @@ from gracile.data import Batch, Data, call_model, does_not_run, first_line, logi
 from gracile.errors import ConfigError, DataError, GracileError, ModelError
 from gracile.evaluate.quality import aggregate, collect
 from gracile.modes import eval_mode
+from gracile.sharing import share_parameters
 
 
 def check_request(model: Any, data: Any, teacher: Any = None) -> None:
@@ -43,10 +44,13 @@ def check_request(model: Any, data: Any, teacher: Any = None) -> None:
                 _check_role(model, data, role)
 
 
-def copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy that shares nothing with the model; raises ModelError where it cannot be copied."""
+def copy_of(model: nn.Module, *, share: bool = False) -> nn.Module:
+    """A deep copy; raises ModelError where the model cannot be copied.
+
+    share: the copy reads the model's parameters where they are (`share_parameters`); else it shares nothing.
+    """
     try:
-        return copy.deepcopy(model)
+        return share_parameters(model) if share else copy.deepcopy(model)
     except Exception as error:  # a lock, a file, a tensor with a history: whatever the model holds
         raise ModelError(
             f"{type(model).__name__} cannot be copied, and compression works on a copy: {first_line(error)}\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -28,6 +27,7 @@ from gracile.report.model import Report, StepRecord
 from gracile.report.plain import plain
 from gracile.result import Result
 from gracile.run_directory import RunDirectory, fingerprint_data, fingerprint_model
+from gracile.sharing import own_parameters, share_parameters
 from gracile.surgery import Edit, apply
 
 
@@ -104,11 +104,15 @@ def run_steps(
     inplace: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> tuple[nn.Module, list[Edit], list[StepRecord], nn.Module]:
-    """Run the steps, or take finished ones from the run directory: compressed model, edits, records, original."""
-    original = copy_of(model).eval()
+    """Run the steps, or take finished ones from the run directory: compressed model, edits, records, original.
+
+    The original reads the parameters of the model given, and so does the compressed one until a step writes into them;
+    what is returned has its own. A model to be changed in place is copied: the original must outlive that.
+    """
+    original = copy_of(model, share=not inplace).eval()
     for p in original.parameters():
         p.requires_grad_(False)
-    work = copy.deepcopy(model)  # of a model to be changed in place too: a step that fails must leave it whole
+    work = share_parameters(model)  # of a model to be changed in place too: a step that fails must leave it whole
     context = Context(
         data=data, original=original, teacher=teacher or original, seed=seed, target=target, on_progress=on_progress
     )
@@ -123,10 +127,13 @@ def run_steps(
     records: list[StepRecord] = []
     done = run.finished_steps() if run is not None else 0
     if run is not None and done:
+        own_parameters(work, model)
         edits, records = run.restore(done - 1, work)
     for index in range(done, len(todo)):
         context.progress("step", index, len(todo), todo[index].title)
         directory = run.step_directory(index) if run is not None else None
+        if not todo[index].replaces_tensors:
+            own_parameters(work, model)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "step", index))
             record = todo[index](work, replace(context, directory=directory, seed=derive_seed(seed, index)))
@@ -135,6 +142,7 @@ def run_steps(
         if run is not None:
             run.finish_step(index, work, edits, records)
     context.progress("step", len(todo), len(todo))
+    own_parameters(work, model)
     if inplace:
         become(model, work, edits)
         work = model

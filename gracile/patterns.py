@@ -134,15 +134,22 @@ class Layers:
     other outputs the relative squared error. A criterion of weights plays no part in it.
 
     examples: calibration examples behind one measurement.
+    candidates: with a repair, so many blocks, those that cost least without it, are each left out on trial and the rest
+        is repaired; the one goes whose repaired model diverges least on held-out calibration batches. That takes
+        `candidates` repairs for each block removed. 1: the choice is made without repair.
 
     With a threshold ε, blocks go as long as the outputs' divergence from the original's stays below it.
     """
 
     examples: int = 512
+    candidates: int = 4
+    kinds: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.examples, int) or self.examples < 1:
-            raise ConfigError(f"Layers(examples={self.examples!r}): expected a whole number of at least 1.")
+        for name in ("examples", "candidates"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"Layers({name}={value!r}): expected a whole number of at least 1.")
 
 
 def reduce_scores(members: Iterable[Member], scores: Mapping[str, Tensor]) -> Tensor:

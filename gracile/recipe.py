@@ -32,6 +32,14 @@ class Step(ABC):
         return None
 
     @property
+    def replaces_tensors(self) -> bool:
+        """Whether it writes into no parameter it is given, but puts new ones in their place or copies them first.
+
+        Such a step may be given a model that shares its parameters with another (`gracile.sharing`).
+        """
+        return False
+
+    @property
     def title(self) -> str:
         """A few words for a person: what the step does."""
         return type(self).__name__
@@ -83,6 +91,10 @@ class Only(Step):
     def __call__(self, model: nn.Module, context: Context) -> StepRecord:
         record = self.step(model, self._context(context))
         return replace(record, step=to_config(self))
+
+    @property
+    def replaces_tensors(self) -> bool:
+        return self.step.replaces_tensors
 
     @property
     def title(self) -> str:

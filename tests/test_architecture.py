@@ -14,7 +14,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 #: A module or package may import those of its own level and below; `__init__` is on top.
 LEVELS = [
-    {"errors", "layer_stats", "data", "goal", "context", "environment", "config", "files", "modes", "version"},
+    {"errors", "layer_stats", "data", "goal", "context", "environment", "config", "files", "modes", "sharing"}
+    | {"version"},
     {"criteria", "losses", "formats", "ranges", "metrics", "solvers"},
     {"nn"},
     {"stats", "graph", "patterns", "allocate", "knapsack", "equalize", "select"} | {"surgery"},

@@ -23,6 +23,7 @@ STEPS = [
     gc.Prune(0.5, allocation=gc.allocate.Uniform()),
     gc.Prune(0.2, pattern=gc.Layers(examples=64), exclude=("blocks.0",)),
     gc.Prune(to=gc.MACs(0.5), pattern=gc.Layers(), repair=gc.solvers.LeastSquares()),
+    gc.Prune(to=gc.Bytes(0.5), pattern=(gc.Channels(), gc.Heads(), gc.Layers(candidates=2))),
     gc.Prune(0.5, pattern=gc.Channels(), criterion=gc.criteria.BatchNormScale()),
     gc.Prune(0.5, pattern=gc.Channels(), criterion=gc.criteria.Activation(power=2)),
     gc.Prune(0.5, pattern=gc.Channels(), criterion=gc.criteria.FPGM()),

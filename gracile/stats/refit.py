@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gracile.data import Batch, Data
 from gracile.solvers import LeastSquares, Moments
-from gracile.stats.collect import unfold_input, unfoldable
-from gracile.stats.sums import read_layer
+from gracile.stats.collect import unfoldable
+from gracile.stats.replay import Replay
+from gracile.stats.rows import count_rows, input_rows, rows_at
+from gracile.stats.sums import read_inputs, read_layer
+from gracile.stats.targets import Targets
 
-#: Tokens or positions behind the moments of one layer; neighbouring positions of an image say nearly the same.
-ROWS = 65536
 #: Of the largest scale of a batch norm: channels below it pass on next to nothing, and cannot make good an error.
 SMALL_SCALE = 1e-2
+
+
+class CannotRefitError(Exception):
+    """A layer sees other tokens in the compressed model than in the original; its text says which and how many."""
 
 
 def refittable(module: nn.Module) -> bool:
@@ -29,21 +34,20 @@ def refittable(module: nn.Module) -> bool:
 class Refit:
     """Refits layers of a compressed model in place, each to the original's outputs on the inputs that it now gets.
 
-    batches: calibration batches; both models run in eval mode. kept: layer -> indices of the original's outputs that
-    the layer still has; all where not named. norms: layer -> the batch norm that alone reads its output, which takes
-    up a shifted mean where the layer has no bias. summed: layers whose output is added to a stream; their target also
-    carries the error of that stream.
+    targets: of the original, which like the model is in eval mode. kept: layer -> indices of the original's outputs
+    that the layer still has; all where not named. norms: layer -> the batch norm that alone reads its output, which
+    takes up a shifted mean where the layer has no bias. Where the output is added to a stream (`targets.sums`), the
+    target also carries the error of that stream.
     """
 
     model: nn.Module
-    original: nn.Module
-    batches: Sequence[Batch]
-    data: Data
+    targets: Targets
     solver: LeastSquares
-    generator: torch.Generator
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     norms: Mapping[str, str] = field(default_factory=dict)
-    summed: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        self.replay = Replay(self.model, self.targets.data, self.targets.batches)
 
     def centred(self, name: str) -> bool:
         """Whether the layer's outputs may shift by a constant, so that second moments are about the mean."""
@@ -51,45 +55,49 @@ class Refit:
 
     @torch.no_grad()
     def measure(self, name: str) -> Moments:
-        """Moments of the layer's inputs over at most ROWS rows, drawn alike from both models."""
-        sums: list[Tensor] = []
-        count = 0
-        wanted = max(1, ROWS // len(self.batches))
-        with_sum = self.norms.get(name, name) if name in self.summed else None
-        for batch in self.batches:
+        """Moments of the layer's present inputs and of what it should make of them, at the targets' rows.
 
-            def run(model: nn.Module, batch: Batch = batch) -> Any:
-                return self.data.forward(model, batch)
+        The model must not change any more before the layer: forwards start there from now on.
+        Raises CannotRefitError where the layer gets another number of tokens than in the original (a router's choice).
+        """
+        target, layer = self.targets.of(name), self.model.get_submodule(name)
+        self.replay.seek(name)
+        total = _Sums()
+        summed = self.targets.sums.get(name) if target.streams else None
+        for i in range(len(self.targets.batches)):
+            x, stream = read_layer(self.model, name, partial(self._run, i), summed)
+            inputs, wanted = self._inputs(name, x, i), self._rows(name, target.outputs[i])
+            if stream is not None:
+                stream0 = self._rows(name, target.streams[i])
+                wanted = wanted + self._gain(name, stream0 - rows_at(layer, stream, target.chosen[i]))
+            total.add(inputs, wanted)
+        return total.moments()
 
-            input0, stream0 = read_layer(self.original, name, run, with_sum)
-            input1, stream = read_layer(self.model, name, run, with_sum)
-            x0 = unfold_input(self.original.get_submodule(name), input0)[0]
-            x = unfold_input(self.model.get_submodule(name), input1)[0]
-            delta = self._error(name, stream0, stream)
-            if len(x) > wanted:
-                chosen = torch.randint(len(x), (wanted,), generator=self.generator).to(x.device)
-                x0, x, delta = x0[chosen], x[chosen], None if delta is None else delta[chosen]
-            parts = [x.T @ x, x0.T @ x, x.sum(0), x0.sum(0)]
-            if delta is not None:
-                parts += [delta.T @ x, delta.sum(0)]
-            parts = [part.double().cpu() for part in parts]
-            sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
-            count += len(x)
-        gram, *others = (total / count for total in sums)
-        return Moments((gram + gram.T) / 2, *others)
+    @torch.no_grad()
+    def measure_inputs(self, names: Iterable[str]) -> dict[str, Moments]:
+        """Moments of several layers in one forward of each batch, without the error of a stream."""
+        names = list(names)
+        totals = {name: _Sums() for name in names}
+        for i in range(len(self.targets.batches)):
+            inputs = read_inputs(self.model, names, partial(self._run, i))
+            for name in names:
+                outputs = self.targets.of(name).outputs[i]
+                totals[name].add(self._inputs(name, inputs[name], i), self._rows(name, outputs))
+        return {name: total.moments() for name, total in totals.items()}
 
     @torch.no_grad()
     def solve(self, name: str, moments: Moments, columns: Tensor | None = None) -> None:
         """Set the layer to its least-squares weight; with columns, of those inputs only, and zero on the others."""
         layer: Any = self.model.get_submodule(name)
-        source: Any = self.original.get_submodule(name)
+        source: Any = self.targets.original.get_submodule(name)
         rows = self.kept.get(name, torch.arange(len(source.weight))).to(source.weight.device)
-        weight, prior = source.weight[rows].flatten(1).cpu(), layer.weight.flatten(1).cpu()
+        prior = layer.weight.flatten(1).cpu()
         if columns is not None:
-            moments, prior = moments.keep(columns), weight[:, columns]
-        solved, shift = self.solver(weight, prior, moments, self.centred(name))
+            moments, prior = moments.keep(columns), source.weight[rows].flatten(1).cpu()[:, columns]
+        solved, shift = self.solver(prior, moments, self.centred(name))
         if columns is not None:
-            solved = torch.zeros(weight.shape, dtype=solved.dtype).index_copy(1, columns, solved)
+            whole = torch.zeros(len(solved), layer.weight[0].numel(), dtype=solved.dtype)
+            solved = whole.index_copy(1, columns, solved)
         zeros = (layer.weight == 0) if columns is None else torch.zeros_like(layer.weight, dtype=torch.bool)
         layer.weight.copy_(solved.reshape(layer.weight.shape)).masked_fill_(zeros, 0.0)
         if bool(zeros.any()):  # the intercept was solved for weights that do not stay
@@ -98,36 +106,66 @@ class Refit:
             layer.bias.copy_(source.bias[rows].double().cpu() + shift)
         elif name in self.norms:
             norm: Any = self.model.get_submodule(self.norms[name])
-            norm0: Any = self.original.get_submodule(self.norms[name])
+            norm0: Any = self.targets.original.get_submodule(self.norms[name])
             if norm.running_mean is not None:  # without, it takes out the mean of the batch by itself
                 norm.running_mean.copy_(norm0.running_mean[rows].double().cpu() - shift)
 
-    def _error(self, name: str, stream0: Tensor | None, stream: Tensor | None) -> Tensor | None:
-        """[rows, out]: error of the stream in the units of the layer's output, the batch norm behind it undone."""
-        if stream0 is None or stream is None:
-            return None
-        channel = 1 if "Conv" in type(self.model.get_submodule(name)).__name__ else -1
-        stream0, stream = (t.movedim(channel, -1).flatten(0, -2) for t in (stream0, stream))
-        if name in self.kept:
-            stream0 = stream0[:, self.kept[name].to(stream0.device)]
-        delta = stream0 - stream
+    def _run(self, index: int, model: nn.Module) -> Any:
+        return self.replay.run(index)
+
+    def _inputs(self, name: str, x: Tensor, batch: int) -> Tensor:
+        layer, target = self.model.get_submodule(name), self.targets.of(name)
+        count = count_rows(layer, x)
+        if count != target.counts[batch]:
+            raise CannotRefitError(f"{name} reads {count} tokens, and {target.counts[batch]} in the original")
+        return input_rows(layer, x, target.chosen[batch])
+
+    def _rows(self, name: str, y: Tensor) -> Tensor:
+        """What is left of the original's outputs."""
+        return y[:, self.kept[name].to(y.device)] if name in self.kept else y
+
+    def _gain(self, name: str, delta: Tensor) -> Tensor:
+        """The error of the stream in the units of the layer's output: the batch norm behind it undone."""
         if name not in self.norms:
             return delta
         norm: Any = self.model.get_submodule(self.norms[name])
         if norm.running_var is None:
-            return None
+            return torch.zeros_like(delta)
         gain = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight
         able = gain.abs() > SMALL_SCALE * gain.abs().max()
         scale = (norm.running_var + norm.eps).sqrt() / torch.where(able, gain, torch.ones_like(gain))
         return delta * torch.where(able, scale, torch.zeros_like(scale))
 
 
-def refit(repair: Refit, layers: Sequence[str], *, on_layer: Callable[[int], None] | None = None) -> None:
-    """Refit the named layers in the order given, each on inputs that earlier refits produce.
+class _Sums:
+    """Running sums of x xᵀ, t xᵀ, x and t over batches."""
+
+    def __init__(self) -> None:
+        self.parts: list[Tensor] = []
+        self.count = 0
+
+    def add(self, x: Tensor, t: Tensor) -> None:
+        parts = [part.double().cpu() for part in (x.T @ x, t.T @ x, x.sum(0), t.sum(0))]
+        self.parts = [a + b for a, b in zip(self.parts, parts, strict=True)] if self.parts else parts
+        self.count += len(x)
+
+    def moments(self) -> Moments:
+        gram, cross, mean, mean_target = (part / self.count for part in self.parts)
+        return Moments((gram + gram.T) / 2, cross, mean, mean_target)
+
+
+def refit(repair: Refit, layers: Sequence[str], *, on_layer: Callable[[int], None] | None = None) -> dict[str, str]:
+    """Refit the named layers in the order given, each on inputs that earlier refits produce; why some were not.
 
     layers: refittable layers in the order in which the model calls them, each once.
     """
+    skipped = {}
     for done, name in enumerate(layers):
-        repair.solve(name, repair.measure(name))
+        try:
+            repair.solve(name, repair.measure(name))
+        except CannotRefitError as error:
+            skipped[name] = str(error)
         if on_layer is not None:
             on_layer(done + 1)
+    repair.replay.clear()
+    return skipped

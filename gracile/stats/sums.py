@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,23 +19,28 @@ class _Reached(BaseException):
     """
 
 
-class _WatchSum(TorchDispatchMode):
-    """Catches the other operand of the first sum that the output itself enters, of the same shape and unscaled."""
+class WatchSums(TorchDispatchMode):
+    """Hands over the other operand of the first sum that an awaited tensor itself enters, of its shape and unscaled."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.output: Tensor | None = None
-        self.other: Tensor | None = None
+        self._awaited: list[tuple[Tensor, Callable[[Tensor], None]]] = []
+
+    def wait(self, output: Any, found: Callable[[Tensor], None]) -> None:
+        """Call `found` with what this tensor is added to, when it is; what is no tensor is not awaited."""
+        if isinstance(output, Tensor):
+            self._awaited.append((output, found))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.output is not None and func in _ADDITIONS and kwargs.get("alpha", 1) == 1:
-            first, second = args[:2]
-            if first is self.output or second is self.output:
-                other = second if first is self.output else first
-                if isinstance(other, Tensor) and other.shape == self.output.shape:
-                    self.other = other.clone()
-                    raise _Reached
+        if self._awaited and func in _ADDITIONS and kwargs.get("alpha", 1) == 1:
+            for i, (output, found) in enumerate(self._awaited):
+                if any(operand is output for operand in args[:2]):
+                    other = args[1] if args[0] is output else args[0]
+                    if isinstance(other, Tensor) and other.shape == output.shape:
+                        del self._awaited[i]
+                        found(other)
+                    break
         return func(*args, **kwargs)
 
 
@@ -49,24 +54,47 @@ def read_layer(
     run: feeds the model one batch. summed: the layer itself or the batch norm behind it; None where no sum is looked
     for. The second is None where the output reaches no sum as it is: through a scaling, say, or in a concatenation.
     """
-    inputs: list[Tensor] = []
-    watch = _WatchSum()
+    streams: list[Tensor] = []
+    watch = WatchSums()
 
-    def on_input(module: nn.Module, args: tuple[Any, ...]) -> None:
-        inputs.append(args[0])
-        if summed is None:
-            raise _Reached
+    def on_stream(stream: Tensor) -> None:
+        streams.append(stream.clone())
+        raise _Reached
 
-    def on_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        watch.output = output if isinstance(output, Tensor) else None
+    inputs = _read(model, [layer], run, None if summed is None else (watch, summed, on_stream))
+    return inputs[layer], streams[0] if streams else None
 
-    handles = [model.get_submodule(layer).register_forward_pre_hook(on_input)]
-    if summed is not None:
-        handles.append(model.get_submodule(summed).register_forward_hook(on_output))
+
+@torch.no_grad()
+def read_inputs(model: nn.Module, layers: Iterable[str], run: Callable[[nn.Module], Any]) -> dict[str, Tensor]:
+    """Layer -> its input, in one forward that is stopped when all are known."""
+    return _read(model, list(layers), run, None)
+
+
+def _read(
+    model: nn.Module,
+    layers: list[str],
+    run: Callable[[nn.Module], Any],
+    then: tuple[WatchSums, str, Callable[[Tensor], None]] | None,
+) -> dict[str, Tensor]:
+    inputs: dict[str, Tensor] = {}
+    handles = []
+    for name in layers:
+
+        def on_input(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+            inputs[name] = args[0].clone() if len(layers) > 1 else args[0]  # later operators may write into it
+            if then is None and len(inputs) == len(layers):
+                raise _Reached
+
+        handles.append(model.get_submodule(name).register_forward_pre_hook(on_input))
     try:
-        if summed is None:
+        if then is None:
             run(model)
         else:
+            watch, summed, found = then
+            handles.append(
+                model.get_submodule(summed).register_forward_hook(lambda _module, _args, y: watch.wait(y, found))
+            )
             with watch:
                 run(model)
     except _Reached:
@@ -74,4 +102,4 @@ def read_layer(
     finally:
         for handle in handles:
             handle.remove()
-    return inputs[0], watch.other
+    return inputs

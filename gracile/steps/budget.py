@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
@@ -13,6 +12,7 @@ from gracile.errors import ConfigError
 from gracile.evaluate.size import state_bytes
 from gracile.goal import Budget, Bytes, Latency, MACs, Parameters
 from gracile.graph import Trace, cut_macs, plan_resize, trace
+from gracile.sharing import share_parameters
 from gracile.steps.timing import Timer
 from gracile.surgery import apply
 
@@ -80,8 +80,13 @@ def cost_of(budget: Budget, model: nn.Module, context: Context, batch: Batch, ti
     return timer.relative(model) * timer.whole_ms
 
 
+def whole_cost(budget: Budget, model: nn.Module, context: Context, batch: Batch, timer: Timer | None) -> float:
+    """What the model costs before anything is cut; its timer has measured its latency already."""
+    return timer.whole_ms if timer is not None else cost_of(budget, model, context, batch)
+
+
 def _cut(model: nn.Module, traced: Trace, keep: Mapping[str, Sequence[int]]) -> nn.Module:
-    trial = copy.deepcopy(model)
+    trial = share_parameters(model)
     if keep:
         apply(trial, [plan_resize(traced, keep)])
     return trial

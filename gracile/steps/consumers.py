@@ -31,6 +31,16 @@ def readers(model: nn.Module, group: Group) -> dict[str, Member]:
     return found
 
 
+def tied_layers(model: nn.Module) -> set[str]:
+    """Layers whose weight another module holds too: what is done to it for the one is done to the other."""
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            holders.setdefault(id(parameter), []).append(name)
+    holders.pop(id(None), None)
+    return {layer for layers in holders.values() if len(layers) > 1 for layer in layers}
+
+
 def collect_consumers(
     model: nn.Module, traced: Trace, groups: Sequence[Group], context: Context
 ) -> dict[str, list[Consumer]]:

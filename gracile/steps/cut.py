@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from gracile.errors import ConfigError, NothingChangedError
-from gracile.graph import CutCheck, Trace, check_cut, plan_resize
+from gracile.graph import CutCheck, Trace, check_cut, plan_resize, tied_sets
 from gracile.recipe import Recorder
+from gracile.sharing import share_parameters
 from gracile.steps.budget import Keep
 from gracile.surgery import Resize, apply
 
@@ -26,7 +26,8 @@ def cut_checked(
     NothingChangedError where none passes.
     """
     trials = _Trials(model, traced, keep, run)
-    sets = _tied_sets(traced, keep)
+    # Groups that must keep the same count are cut together or not at all.
+    sets = [tuple(g.name for g in members) for members in tied_sets(map(traced.group, keep)).values()]
     exact = [s for s in sets if all(traced.group(name).exact is None for name in s)]
     passed, check = trials.settle(exact, [])
     error = check.max_error if check is not None else None
@@ -98,7 +99,7 @@ class _Trials:
     def _try(self, sets: list[tuple[str, ...]]) -> tuple[CutCheck | None, str | None]:
         """The check of a trial cut, and why it does not pass."""
         keep = self.kept(sets)
-        trial = _share(self.model)
+        trial = share_parameters(self.model)
         try:
             apply(trial, [plan_resize(self.traced, keep)])
         except ConfigError as error:  # groups that cannot be cut together
@@ -112,17 +113,3 @@ class _Trials:
         if not check.finite:
             return check, "the cut model's outputs are not finite"
         return check, None
-
-
-def _tied_sets(traced: Trace, keep: Keep) -> list[tuple[str, ...]]:
-    """Groups that must keep the same count are cut together or not at all."""
-    sets: dict[str, list[str]] = {}
-    for name in keep:
-        sets.setdefault(traced.group(name).tied_count or f"\0{name}", []).append(name)
-    return [tuple(names) for names in sets.values()]
-
-
-def _share(model: nn.Module) -> nn.Module:
-    """A copy of the modules that shares the tensors: cutting it makes new ones for what is cut."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

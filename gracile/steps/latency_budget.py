@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,8 +15,9 @@ from gracile.data import Batch, batch_size
 from gracile.environment import instruction_set, vector_floats
 from gracile.errors import ConfigError
 from gracile.goal import Latency
-from gracile.graph import Group, Trace, cut_macs, plan_resize
+from gracile.graph import Group, Trace, cut_macs, plan_resize, tied_sets
 from gracile.recipe import Recorder
+from gracile.sharing import share_parameters
 from gracile.steps.budget import Keep
 from gracile.steps.latency_cache import LatencyCache, identity_of
 from gracile.steps.latency_table import LatencyTable, measure_latency_table
@@ -48,6 +48,7 @@ class LatencyBudget:
     traced: Trace
     correction: float = 1.0
     _macs: dict[tuple[str, int], int] = field(default_factory=dict)
+    _measured: dict[tuple[tuple[str, int], ...], float] = field(default_factory=dict)
 
     def meet(
         self,
@@ -121,10 +122,10 @@ class LatencyBudget:
         """What the tables say this cut saves of the latency, group by group in proportion to the work still there."""
         saved, before = 0.0, cut_macs(self.traced, {})
         so_far: Keep = {}
-        for name, kept in keep.items():
-            so_far[name] = kept
+        for name, members in tied_sets(map(self.traced.group, keep)).items():
+            so_far.update((group.name, keep[group.name]) for group in members)
             after = cut_macs(self.traced, so_far)
-            removed = self.traced.group(name).units - len(kept)
+            removed = members[0].units - len(keep[name])
             alone = self._alone(name, removed)
             saved += self.table.share(name, removed) * ((before - after) / alone if alone else 1.0)
             before = after
@@ -135,10 +136,13 @@ class LatencyBudget:
         return self.timer.whole_ms * (1 - self.predict(keep))
 
     def measure(self, keep: Keep) -> float:
-        """Latency with these units, as a share of the whole model's."""
-        trial = copy.deepcopy(self.model)
-        apply(trial, [plan_resize(self.traced, keep)])
-        return self.timer.relative(trial)
+        """Latency with so many units, as a share of the whole model's; the same widths are timed once."""
+        widths = tuple(sorted((name, len(kept)) for name, kept in keep.items()))
+        if widths not in self._measured:
+            trial = share_parameters(self.model)
+            apply(trial, [plan_resize(self.traced, keep)])
+            self._measured[widths] = self.timer.relative(trial)
+        return self._measured[widths]
 
     def _least(
         self,
@@ -160,11 +164,13 @@ class LatencyBudget:
         return best
 
     def _alone(self, name: str, removed: int) -> int:
-        """Multiply-accumulates that go when this group alone loses so many units."""
+        """Multiply-accumulates that go when this group alone, or this tied set, loses so many units each."""
         key = (name, removed)
         if key not in self._macs:
-            kept = list(range(self.traced.group(name).units - removed))
-            self._macs[key] = cut_macs(self.traced, {}) - cut_macs(self.traced, {name: kept})
+            group = self.traced.group(name)
+            tied = [g for g in self.traced.groups if g.frozen is None and g.tied_count == group.tied_count is not None]
+            keep = {g.name: list(range(g.units - removed)) for g in tied or [group]}
+            self._macs[key] = cut_macs(self.traced, {}) - cut_macs(self.traced, keep)
         return self._macs[key]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,8 @@ from torch import nn
 from gracile.context import Context
 from gracile.errors import TargetError
 from gracile.files import sha256_json
-from gracile.graph import Group, Trace, cut_macs, plan_resize
+from gracile.graph import Group, Trace, cut_macs, plan_resize, tied_sets
+from gracile.sharing import share_parameters
 from gracile.steps.latency_cache import LatencyCache
 from gracile.steps.timing import Timer
 from gracile.surgery import apply
@@ -56,30 +56,34 @@ def measure_latency_table(
 ) -> LatencyTable:
     """What each group saves with so many units removed, `counts` by group name.
 
+    Groups that must keep one number of units lose as many each, and are one group here (`tied_sets`).
     Groups between equal layers on equal inputs save the same, so that they are cut together and share one measurement,
     in proportion to the multiply-accumulates that each would save alone. The rest of the model stays as it is.
     """
-    alike: dict[str, list[Group]] = {}
-    for group in groups:
-        alike.setdefault(signature_of(model, traced, group), []).append(group)
-    total = sum(len(counts[members[0].name]) for members in alike.values())
-    saved: dict[str, dict[int, float]] = {group.name: {} for group in groups}
+    sets = tied_sets(groups)
+    alike: dict[str, list[str]] = {}
+    for name, tied in sets.items():
+        found = sorted(signature_of(model, traced, group) for group in tied)
+        alike.setdefault(found[0] if len(found) == 1 else sha256_json(found)[:24], []).append(name)
+    total = sum(len(counts[names[0]]) for names in alike.values())
+    saved: dict[str, dict[int, float]] = {name: {} for name in sets}
     done, timed, failed = 0, 0, []
-    for signature, members in alike.items():
-        for removed in counts[members[0].name]:
-            together = {g.name: list(range(g.units - removed)) for g in members}
+    for signature, names in alike.items():
+        for removed in counts[names[0]]:
+            each = {name: {g.name: list(range(g.units - removed)) for g in sets[name]} for name in names}
+            together = {group: kept for part in each.values() for group, kept in part.items()}
             share = cache.get(signature, removed)
             if share is None:
-                trial = copy.deepcopy(model)
+                trial = share_parameters(model)
                 apply(trial, [plan_resize(traced, together)])
                 try:
                     share = 1 - timer.relative(trial, seconds=EACH)
                 except TargetError as error:
-                    failed.append(f"{members[0].name} without {removed} units: {str(error).splitlines()[0]}")
+                    failed.append(f"{names[0]} without {removed} units: {str(error).splitlines()[0]}")
                     break
                 timed += 1
                 cache.put(signature, removed, share)
-            for name, part in _parts(traced, together).items():
+            for name, part in _parts(traced, each, together).items():
                 saved[name][removed] = share * part
             done += 1
             context.progress("latency table", done, total)
@@ -103,10 +107,12 @@ def signature_of(model: nn.Module, traced: Trace, group: Group) -> str:
     return sha256_json([group.kind, group.units, sorted(rows, key=repr)])[:24]
 
 
-def _parts(traced: Trace, together: Mapping[str, Sequence[int]]) -> dict[str, float]:
-    """Of what groups save together, what each saves alone; more than 1 in sum where they share layers."""
+def _parts(
+    traced: Trace, each: Mapping[str, Mapping[str, Sequence[int]]], together: Mapping[str, Sequence[int]]
+) -> dict[str, float]:
+    """Of what cuts save together, what each saves alone; more than 1 in sum where they share layers."""
     whole = cut_macs(traced, {})
     joint = whole - cut_macs(traced, together)
     if joint <= 0:
-        return dict.fromkeys(together, 1 / len(together))
-    return {name: (whole - cut_macs(traced, {name: kept})) / joint for name, kept in together.items()}
+        return dict.fromkeys(each, 1 / len(each))
+    return {name: (whole - cut_macs(traced, keep)) / joint for name, keep in each.items()}

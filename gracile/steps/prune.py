@@ -21,9 +21,10 @@ from gracile.patterns import NM, Channels, Heads, Layers, Unstructured
 from gracile.recipe import Recorder, Step
 from gracile.report.model import StepRecord
 from gracile.select import check_exclude
+from gracile.sharing import own_parameters, share_parameters
 from gracile.solvers import LeastSquares
 from gracile.stats.collect import first_batch
-from gracile.steps.correct import copy_model
+from gracile.steps.prune_jointly import prune_jointly
 from gracile.steps.prune_layers import prune_layers
 from gracile.steps.prune_units import prune_units
 from gracile.steps.prune_weights import prune_weights
@@ -42,7 +43,8 @@ class Prune(Step):
         on the target, measured in turn with the model as it was.
         Exactly one of `fraction`, `below` and `to` is given, or none with `NM(keep, of)`, whose amount is its name.
     criterion: (weight, stats) -> scores, or one of whole units (`UnitCriterion`); higher is kept.
-    pattern: what is removed together. A tuple of `Channels` and `Heads`: units of each kind, to one amount.
+    pattern: what is removed together. A tuple of `Channels` and `Heads`: units of each kind, to one amount; with
+        `Layers` among them, blocks and units to one budget `to` (see `prune_jointly`, which says what that costs).
     allocation: how a total is shared out over layers. None: `GlobalRank()` for units, `Uniform()` for weights.
     repair: how the remaining weights make good a cut of units: solvers.LeastSquares(). Kept only if the output error
         on held-out calibration batches falls. Single weights are not repaired.
@@ -89,11 +91,18 @@ class Prune(Step):
         of_weights, of_units = callable(self.criterion), hasattr(self.criterion, "unit_scores")
         if isinstance(self.criterion, type) or not hasattr(self.criterion, "needs") or not (of_weights or of_units):
             raise ConfigError(f"Prune(criterion={self.criterion!r}): not a criterion; try Magnitude() or Taylor().")
-        known = (Channels, Heads) if isinstance(self.pattern, tuple) else (Unstructured, NM, Channels, Heads, Layers)
+        several = isinstance(self.pattern, tuple)
+        known = (Channels, Heads, Layers) if several else (Unstructured, NM, Channels, Heads, Layers)
         if not self.patterns or not all(isinstance(pattern, known) for pattern in self.patterns):
             raise ConfigError(
                 f"Prune(pattern={self.pattern!r}): not a pattern; try Unstructured() or Channels().\n"
-                f"  Several at once are (Channels(), Heads()); single weights and layers are steps of their own."
+                f"  Several at once are (Channels(), Heads(), Layers()); single weights are a step of their own."
+            )
+        depth = [pattern for pattern in self.patterns if isinstance(pattern, Layers)]
+        if several and depth and (len(depth) > 1 or not self.kinds or self.to is None):
+            raise ConfigError(
+                f"Prune(pattern={self.pattern!r}): units and blocks have no common amount but a budget.\n"
+                f"  Use pattern=(Channels(), Layers()) with to=MACs(0.5), or Layers() alone."
             )
         if not of_weights and not self.cuts_units:
             raise ConfigError(
@@ -140,6 +149,10 @@ class Prune(Step):
         return next(pattern for pattern in self.patterns if kind in pattern.kinds)
 
     @property
+    def replaces_tensors(self) -> bool:
+        return self.cuts_units
+
+    @property
     def title(self) -> str:
         names = {Channels: "channels", Heads: "heads", Layers: "layers"}
         what = " and ".join(names.get(type(pattern), "weights") for pattern in self.patterns)
@@ -177,7 +190,9 @@ class Prune(Step):
         each group that would be cut or is left out with its reason; `numbers` holds parameters and multiply-accumulates
         of one example before and after. Raises what the step would raise.
         """
-        original, work = copy_model(model).eval(), copy_model(model)
+        original, work = share_parameters(model).eval(), share_parameters(model)
+        if not self.replaces_tensors:
+            own_parameters(work, model)
         context = Context(data=data, original=original, teacher=original, target=target, seed=derive_seed(seed, 0))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "step", 0))
@@ -194,6 +209,8 @@ class Prune(Step):
         recorder = Recorder(self)
         if isinstance(self.pattern, Layers):
             prune_layers(model, self, context, recorder)
+        elif any(isinstance(pattern, Layers) for pattern in self.patterns):
+            prune_jointly(model, self, context, recorder)
         elif self.cuts_units:
             prune_units(model, self, context, recorder)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -19,10 +20,10 @@ from gracile.patterns import reduce_scores, unit_norms
 from gracile.recipe import Recorder
 from gracile.report.model import LayerRow
 from gracile.select import Select
+from gracile.sharing import share_parameters
 from gracile.stats.collect import first_batch
 from gracile.steps.budget import meet_budget
 from gracile.steps.consumers import collect_consumers, readers
-from gracile.steps.correct import copy_model
 from gracile.steps.cut import Keep, cut_checked
 from gracile.steps.latency_budget import LatencyBudget, prepare_latency, record_latency, with_vector_widths
 from gracile.steps.reallocate import reallocate
@@ -32,7 +33,7 @@ from gracile.steps.sequence import choose_in_sequence
 from gracile.steps.tables import measure_tables
 from gracile.steps.timing import Timer, timer_for
 from gracile.steps.units import exchange_units, score_groups
-from gracile.steps.widths import keep_highest, share_out
+from gracile.steps.widths import keep_highest, share_out, weights_per_unit
 
 if TYPE_CHECKING:
     from gracile.steps.prune import Prune
@@ -42,8 +43,22 @@ if TYPE_CHECKING:
 CHECKED_BATCHES = 3
 
 
-def prune_units(model: nn.Module, step: Prune, context: Context, recorder: Recorder) -> None:
-    """Cut the lowest-scored units of the selected groups, check the result, and correct statistics."""
+def prune_units(
+    model: nn.Module,
+    step: Prune,
+    context: Context,
+    recorder: Recorder,
+    *,
+    reference: nn.Module | None = None,
+    first: str | None = None,
+    timer: Timer | None = None,
+) -> None:
+    """Cut the lowest-scored units of the selected groups, check the result, and correct statistics.
+
+    reference: what the cut model is repaired towards; None: the model before the cut. Another one has all layers of the
+        model, of the same shapes. first: a layer whose inputs differ from the reference's before any cut. timer: for a
+        budget of latency, in place of one of this model; the latency in the end is then the caller's to record.
+    """
     batch = first_batch(context.data)
 
     def run(net: nn.Module) -> Any:
@@ -56,20 +71,20 @@ def prune_units(model: nn.Module, step: Prune, context: Context, recorder: Recor
         consumers = collect_consumers(model, traced, groups, context)
     scores = score_units(model, groups, consumers, step, context, recorder)
     groups = [group for group in groups if group.name in scores]
-    with timer_for(step.to, model, context, batch) as timer:
-        keep = choose_units(model, traced, groups, scores, consumers, step, context, batch, recorder, timer)
+    with nullcontext(timer) if timer is not None else timer_for(step.to, model, context, batch) as timing:
+        keep = choose_units(model, traced, groups, scores, consumers, step, context, batch, recorder, timing)
         if not keep:
             raise NothingChangedError(
                 f"Prune: no unit was removed from {len(groups)} groups; each keeps at least one, none scored low "
                 f"enough.\n  Raise the amount; `gracile inspect` shows the groups and their sizes."
             )
-        reference = copy_model(model)
+        reference = reference or share_parameters(model)  # a cut makes new tensors
         checked = list(itertools.islice(context.data.calibration_batches, CHECKED_BATCHES))
         keep, edit = cut_checked(
             model, traced, keep, lambda net: [context.data.forward(net, each) for each in checked], recorder
         )
-        if timer is not None:
-            record_latency(model, timer, step, recorder)
+        if timer is None and timing is not None:
+            record_latency(model, timing, step, recorder)
     recorder.edits.append(edit)
     for group in groups:
         kept = len(keep.get(group.name, range(group.units)))
@@ -78,8 +93,7 @@ def prune_units(model: nn.Module, step: Prune, context: Context, recorder: Recor
                 LayerRow(name=group.name, kind=group.kind, action="cut", kept=kept, of=group.units, reason=group.exact)
             )
     recorder.numbers["units_removed"] = sum(traced.group(name).units - len(kept) for name, kept in keep.items())
-    if context.data.has_calibration:
-        repair_units(model, reference, traced, edit, step, context, recorder)
+    repair_units(model, reference, traced, edit, step, context, recorder, first)
 
 
 def reads_inputs(step: Prune) -> bool:
@@ -105,7 +119,7 @@ def select_groups(model: nn.Module, traced: Trace, step: Prune, context: Context
         if group.kind not in step.kinds:
             continue
         producers = _layers(group, "producer") or [group.name]
-        makers = _makers(group, traced) or producers
+        makers = _makers(model, group, traced) or producers
         if not any(select.matches(layer) for layer in makers):
             continue
         outside = [layer for layer in makers if not select.matches(layer)]
@@ -120,6 +134,7 @@ def select_groups(model: nn.Module, traced: Trace, step: Prune, context: Context
             recorder.skip(group.name, group.kind, "not all that reads it are linear or ungrouped convolution layers")
         else:
             chosen.append(group)
+    chosen = _without_partly_tied(chosen, traced, recorder)
     if not chosen:
         reasons = [f"{row.name}: {row.reason}" for row in recorder.layers[:5]]
         raise ConfigError(
@@ -127,6 +142,18 @@ def select_groups(model: nn.Module, traced: Trace, step: Prune, context: Context
             + ("\n  ".join([*reasons, *_other_kinds(traced, step)]) or _why_none(model))
         )
     return chosen
+
+
+def _without_partly_tied(chosen: list[Group], traced: Trace, recorder: Recorder) -> list[Group]:
+    """The groups but for those that must keep as many units as one that may be cut and is not among them."""
+    left = [g for g in traced.groups if g.frozen is None and g.tied_count is not None and g not in chosen]
+    whole = {g.tied_count: g.name for g in left}
+    for group in chosen:
+        if group.tied_count in whole:
+            recorder.skip(
+                group.name, group.kind, f"it keeps as many units as '{whole[group.tied_count]}', which is not cut"
+            )
+    return [group for group in chosen if group.tied_count not in whole]
 
 
 def _other_kinds(traced: Trace, step: Prune) -> list[str]:
@@ -236,7 +263,7 @@ def _by_function(
 ) -> Keep:
     """Widths by an allocation that looks at the scores alone."""
     allocation: Any = step.allocation or GlobalRank()
-    costs = {g.name: float(_weights_per_unit(model, g)) for g in groups}
+    costs = {g.name: float(weights_per_unit(model, g)) for g in groups}
 
     def at(fraction: float) -> Keep:
         if fraction <= 0:
@@ -254,17 +281,17 @@ def _layers(group: Group, role: str) -> list[str]:
     return sorted({m.tensor.rpartition(".")[0] for m in group.members if m.role == role})
 
 
-def _makers(group: Group, traced: Trace) -> list[str]:
-    """The layers whose weight matrices make the group's units."""
-    matrices = [m for m in group.members if m.role == "producer" and len(traced.axes[m.tensor]) > 1]
-    return sorted({m.tensor.rpartition(".")[0] for m in matrices})
+def _makers(model: nn.Module, group: Group, traced: Trace) -> list[str]:
+    """The layers whose weight matrices make the group's units.
 
-
-def _weights_per_unit(model: nn.Module, group: Group) -> int:
-    total = 0
+    A matrix that an embedding shares with the layer that reads its units is a consumer, and makes them all the same.
+    """
+    embeddings = {id(m.weight): name for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
     tensors = dict(model.named_parameters(remove_duplicate=False))
+    found = set()
     for member in group.members:
-        if member.tensor in tensors:
-            tensor = tensors[member.tensor]
-            total += tensor.numel() // tensor.shape[member.axis] * member.positions.shape[1]
-    return total
+        if member.role == "producer" and len(traced.axes[member.tensor]) > 1:
+            found.add(member.tensor.rpartition(".")[0])
+        elif member.axis == 1 and id(tensors.get(member.tensor)) in embeddings:
+            found.add(embeddings[id(tensors[member.tensor])])
+    return sorted(found)

@@ -66,7 +66,7 @@ def prune_weights(model: nn.Module, step: Prune, context: Context, recorder: Rec
             weights.remove(name)
     if not weights:
         raise ConfigError("Prune: the selection leaves no layer with weights that can be pruned.")
-    scores = score_weights(model, weights, step.criterion, context, step.examples)
+    scores = dict(score_weights(model, weights, step.criterion, context, step.examples))
     masks = _masks(step, scores, everything, recorder)
     reference = copy_model(model) if step.correct and context.data.has_calibration else None
     removed = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,13 +13,14 @@ from gracile.allocate import Level, MeasuredLoss
 from gracile.context import Context
 from gracile.data import Batch
 from gracile.errors import ConfigError
-from gracile.graph import Group, Trace
+from gracile.graph import Group, Trace, tied_sets
 from gracile.modes import eval_mode
 from gracile.recipe import Recorder
 from gracile.stats.match import divergence
 from gracile.steps.budget import Keep
+from gracile.steps.consumers import readers
 from gracile.steps.latency_budget import LatencyBudget
-from gracile.steps.sequence import Trial, choose_in_sequence
+from gracile.steps.sequence import Trial, choose_in_sequence, layers_in_order, targets_of
 from gracile.steps.tables import measure_around, outputs_of, some_batches
 from gracile.steps.widths import share_out
 
@@ -40,53 +41,77 @@ def reallocate(
     recorder: Recorder,
     latency: LatencyBudget | None = None,
 ) -> Keep:
-    """The units that stay of the trial nearest to the model: of two starts, then of the allocation's rounds.
+    """The units that stay of the trial nearest to the model: of several starts, then of the allocation's rounds.
 
-    keep: the widths that the tables of single cuts give; the other start leaves groups that several layers read (a
-    residual stream) whole, where the amount can be met so. Each round then measures, around the best trial so far, what
-    other widths of one group would do, and shares out anew; where the trial that this gives is no better, widths may
-    move half as far. Ends early where they stay.
+    keep: the widths that the tables of single cuts give. Each round measures, around the best trial so far, what other
+    widths of one group would do, and shares out anew; where the trial that this gives is no better, widths may move
+    half as far. Ends early where they stay.
     """
     allocation, repair = step.allocation, step.repair
     assert isinstance(allocation, MeasuredLoss) and repair is not None
     batches = some_batches(context.data, allocation.examples)
     references = outputs_of(model, context.data, batches)
 
+    targets = targets_of(model, traced, layers_in_order(model, traced), context)
+
     def attempt(keep: Keep) -> tuple[float, Trial]:
-        trial = choose_in_sequence(model, traced, groups, keep, step.criterion, repair, context)
+        trial = choose_in_sequence(model, traced, groups, keep, step.criterion, repair, context, targets)
         with eval_mode(trial.model):
             return divergence(outputs_of(trial.model, context.data, batches), references), trial
 
-    losses = [attempt(keep)]
-    least, best = losses[0]
+    least, best = attempt(keep)
+    losses, tried = [least], [_widths(best.keep)]
     if allocation.rounds:
-        inner = [g for g in groups if len(best.reads[g.name]) == 1]
-        if 0 < len(inner) < len(groups):
-            alone = {g.name: tables[g.name] for g in inner}
-            with contextlib.suppress(ConfigError):  # the amount cannot be met by these groups alone
-                keep = share_out(alone, allocation, model, traced, groups, scores, step, context, batch, None, latency)
-                losses.append(attempt(keep))
-            least, best = min(losses, key=lambda found: found[0])
+        for keep in _starts(tables, scores, model, traced, groups, step, context, batch, latency):
+            if _widths(keep) not in tried:
+                tried.append(_widths(keep))
+                loss, trial = attempt(keep)
+                losses.append(loss)
+                least, best = min((least, best), (loss, trial), key=lambda found: found[0])
     shrink, around, linear = 1.0, None, replace(allocation, power=1.0)
     for _ in range(allocation.rounds):
-        free = [group for group in groups if group.name in best.scores]
+        sets = {n: members for n, members in tied_sets(groups).items() if all(g.name in best.scores for g in members)}
+        free = [group for members in sets.values() for group in members]
         if around is None:
             with eval_mode(best.model):
                 around = measure_around(best, traced, free, allocation, shrink, references, batches, context)
-        near = {g.name: _within(around[g.name], best, g, allocation.reach * shrink) for g in free}
-        fixed = {name: kept for name, kept in best.keep.items() if name not in best.scores}
+        near = {name: _within(around[name], best, sets[name][0], allocation.reach * shrink) for name in sets}
+        fixed = {name: kept for name, kept in best.keep.items() if name not in {g.name for g in free}}
         keep = share_out(near, linear, model, traced, groups, best.scores, step, context, batch, fixed, latency)
         if _widths(keep) == _widths(best.keep):
             break
-        losses.append(attempt(keep))
-        if losses[-1][0] < least:
-            (least, best), around = losses[-1], None
+        loss, trial = attempt(keep)
+        losses.append(loss)
+        if loss < least:
+            least, best, around = loss, trial, None
         else:
             shrink /= 2
     recorder.numbers["allocation_loss"] = least
-    shown = ", ".join(f"{loss:.3g}" for loss, _ in losses)
+    shown = ", ".join(f"{loss:.3g}" for loss in losses)
     recorder.notes.append(f"Divergence from the original by start and round of the allocation: {shown}.")
     return best.keep
+
+
+def _starts(
+    tables: Mapping[str, list[Level]],
+    scores: Mapping[str, Tensor],
+    model: nn.Module,
+    traced: Trace,
+    groups: list[Group],
+    step: Prune,
+    context: Context,
+    batch: Batch,
+    latency: LatencyBudget | None,
+) -> Iterator[Keep]:
+    """Widths by each power, of all groups and of those that one layer alone reads: residual streams stay whole."""
+    assert isinstance(step.allocation, MeasuredLoss)
+    sets = tied_sets(groups)
+    inner = {name: tables[name] for name in sets if all(len(readers(model, g)) == 1 for g in sets[name])}
+    for power in (step.allocation.power, *step.allocation.starts):
+        for some in (tables, inner):
+            with contextlib.suppress(ConfigError):  # the amount cannot be met by these groups alone
+                allocation = replace(step.allocation, power=power)
+                yield share_out(some, allocation, model, traced, groups, scores, step, context, batch, None, latency)
 
 
 def _within(levels: list[Level], trial: Trial, group: Group, reach: float) -> list[Level]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,13 @@ from gracile.graph import Trace
 from gracile.modes import eval_mode
 from gracile.recipe import Recorder
 from gracile.report.model import LayerRow
+from gracile.sharing import own_parameters
 from gracile.solvers import LeastSquares
 from gracile.stats.match import output_error, split_batches
 from gracile.stats.refit import Refit, refit, refittable
-from gracile.steps.correct import copy_model, correct_statistics
+from gracile.steps.consumers import tied_layers
+from gracile.steps.correct import correct_statistics
+from gracile.steps.sequence import targets_of
 from gracile.surgery import Resize
 
 if TYPE_CHECKING:
@@ -36,26 +39,34 @@ def repair_units(
     """Refit (if the step has a repair) and correct (if it says so) the cut model towards the one before the cut.
 
     The refit is kept if the output error on held-out calibration batches is lower with it than without.
-    first: the layer from which on to refit; None: the first that lost inputs.
+    first: a layer whose inputs have changed otherwise. Layers are refitted from there or from the first that lost
+        inputs on, whichever comes first.
     """
     kept = kept_outputs(edit)
-    if step.repair is None:
-        if step.correct:
-            correct_statistics(model, reference, context, recorder, kept)
+    if step.repair is None and not step.correct:
         return
-    plain, plain_recorder = copy_model(model), Recorder(step)
-    without = _settle(plain, reference, step, context, plain_recorder, kept)
-    layers = _refit(model, reference, traced, edit, step.repair, context, first)
+    own_parameters(model, reference)
+    if step.repair is None:
+        correct_statistics(model, reference, context, recorder, kept)
+        return
+    cut, plain_recorder = _vectors(model), Recorder(step)
+    without = _settle(model, reference, step, context, plain_recorder, kept)
+    plain = _vectors(model)
+    _put(model, cut)
+    layers, skipped = _refit(model, reference, traced, edit, step.repair, context, first)
     refitted_recorder = Recorder(step)
     error = _settle(model, reference, step, context, refitted_recorder, kept)
     accepted = error < without
     if not accepted:
-        model.load_state_dict(plain.state_dict())
+        _undo_refit(model, reference, edit, layers)
+        _put(model, plain)
     chosen = refitted_recorder if accepted else plain_recorder
     if accepted:
         recorder.layers.extend(
             LayerRow(name=n, kind=type(model.get_submodule(n)).__name__, action="refitted") for n in layers
         )
+        for name, reason in skipped.items():
+            recorder.skip(name, type(model.get_submodule(name)).__name__, f"not refitted: {reason}")
     recorder.layers.extend(chosen.layers)
     recorder.notes.extend(chosen.notes)
     recorder.numbers.update(chosen.numbers)
@@ -64,6 +75,37 @@ def repair_units(
         f"The least-squares refit of {len(layers)} layers {'was kept' if accepted else 'was taken back'}: "
         f"output error on held-out batches {error:.3g} with it, {without:.3g} without."
     )
+
+
+def _vectors(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the biases and statistics: all that a correction changes, and of a refit all but the weights."""
+    return {name: t.detach().clone() for name, t in _tensors(model).items() if t.ndim < 2}
+
+
+@torch.no_grad()
+def _put(model: nn.Module, vectors: Mapping[str, Tensor]) -> None:
+    tensors = _tensors(model)
+    for name, value in vectors.items():
+        tensors[name].copy_(value)
+
+
+@torch.no_grad()
+def _undo_refit(model: nn.Module, reference: nn.Module, edit: Resize, layers: list[str]) -> None:
+    """Give refitted layers the weights that the cut left them: cut from the reference's again, one by one."""
+    for name in layers:
+        whole: Any = reference.get_submodule(name).weight
+        names = [n for n, p in reference.named_parameters(remove_duplicate=False) if p is whole]  # several if tied
+        weight = whole
+        for axis in range(whole.ndim):
+            indices = next((edit.keep[f"{n}:{axis}"] for n in names if f"{n}:{axis}" in edit.keep), None)
+            if indices is not None:
+                weight = weight.index_select(axis, torch.tensor(indices, device=weight.device))
+        cut: Any = model.get_submodule(name).weight
+        cut.copy_(weight)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def _settle(
@@ -88,29 +130,24 @@ def _refit(
     solver: LeastSquares,
     context: Context,
     first: str | None,
-) -> list[str]:
-    """Refit every layer that can be, from `first` or the first that lost inputs on; returns their names."""
-    order = [layer.name for layer in traced.layers if layer.calls == 1]
-    starts = [name for name in order if name == first or (first is None and f"{name}.weight:1" in edit.keep)]
+) -> tuple[list[str], dict[str, str]]:
+    """Refit every layer that can be, from the earlier of `first` and the first that lost inputs on.
+
+    Returns their names, and why others were not.
+    """
+    tied = tied_layers(model)
+    order = [layer.name for layer in traced.layers if layer.calls == 1 and layer.name not in tied]
+    starts = [name for name in order if name == first or f"{name}.weight:1" in edit.keep]
     if not starts:
-        return []
+        return [], {}
     later = order[order.index(starts[0]) :]
     layers = [n for n in later if refittable(model.get_submodule(n)) and refittable(reference.get_submodule(n))]
     rows = {n: torch.tensor(edit.keep[f"{n}.weight:0"]) for n in layers if f"{n}.weight:0" in edit.keep}
-    repair = Refit(
-        model,
-        reference,
-        split_batches(context.data)[0],
-        context.data,
-        solver,
-        context.generator("refit"),
-        kept=rows,
-        norms=dict(traced.batch_norm_pairs()),
-        summed=frozenset(name for name in layers if traced.feeds_sum(name)),
-    )
+    targets = targets_of(reference, traced, layers, context)
+    repair = Refit(model, targets, solver, kept=rows, norms=dict(traced.batch_norm_pairs()))
     with eval_mode(model, reference):
-        refit(repair, layers, on_layer=lambda n: context.progress("refit", n, len(layers)))
-    return layers
+        skipped = refit(repair, layers, on_layer=lambda n: context.progress("refit", n, len(layers)))
+    return [name for name in layers if name not in skipped], skipped
 
 
 def kept_outputs(edit: Resize) -> dict[str, Tensor]:

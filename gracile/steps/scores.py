@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,11 @@ from gracile.stats.gradients import collect_gradients
 
 def score_weights(
     model: nn.Module, weights: Sequence[str], criterion: Any, context: Context, examples: int
-) -> dict[str, Tensor]:
-    """Elementwise scores of the named weights, higher is kept; float32, of each weight's shape."""
+) -> Mapping[str, Tensor]:
+    """Elementwise scores of the named weights, higher is kept; float32, of each weight's shape.
+
+    They are computed when they are read, each time: together they are as large as the model.
+    """
     needs = set(criterion.needs)
     parts: list[dict[str, LayerStats]] = [{name: LayerStats() for name in weights}]
     if needs & GRADIENT_STATS:
@@ -38,11 +41,26 @@ def score_weights(
         owners = {name: name.rpartition(".")[0] for name in weights}
         measured = collect_activations(model, set(owners.values()), needs & ACTIVATION_STATS, context.data)
         parts.append({name: measured[owner] for name, owner in owners.items() if owner in measured})
-    stats = merge_stats(*parts)
-    scores = {}
-    for name in weights:
-        weight = model.get_parameter(name).detach()
+    tensors = {name: model.get_parameter(name).detach() for name in weights}
+    for name, weight in tensors.items():
         if not torch.isfinite(weight).all():
             raise DataError(f"The weight '{name}' holds NaN or infinity; the model cannot be pruned.")
-        scores[name] = criterion(weight, stats[name])
-    return scores
+    return _Scores(tensors, merge_stats(*parts), criterion)
+
+
+class _Scores(Mapping[str, Tensor]):
+    def __init__(self, tensors: Mapping[str, Tensor], stats: Mapping[str, LayerStats], criterion: Any) -> None:
+        self.tensors, self.stats, self.criterion = tensors, stats, criterion
+
+    def __getitem__(self, name: str) -> Tensor:
+        scores: Tensor = self.criterion(self.tensors[name], self.stats[name])
+        return scores
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)

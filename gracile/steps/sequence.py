@@ -15,9 +15,10 @@ from gracile.graph import Group, Trace
 from gracile.modes import eval_mode
 from gracile.solvers import LeastSquares, Moments
 from gracile.stats.match import split_batches
-from gracile.stats.refit import Refit, refittable
+from gracile.stats.refit import CannotRefitError, Refit, refittable
+from gracile.stats.targets import Targets
 from gracile.steps.budget import Keep
-from gracile.steps.consumers import input_columns, readers
+from gracile.steps.consumers import input_columns, readers, tied_layers
 from gracile.steps.correct import copy_model
 
 
@@ -49,7 +50,7 @@ class Trial:
                 gone = torch.ones(len(columns), dtype=torch.bool)
                 gone[list(keep[name])] = False
                 left[columns[gone].flatten()] = False
-        self.repair.solve(layer, self.moments[layer], None if bool(left.all()) else left.nonzero().squeeze(1))
+        self.repair.solve(layer, self.moments[layer], left.nonzero().squeeze(1))
 
 
 def choose_in_sequence(
@@ -60,44 +61,59 @@ def choose_in_sequence(
     criterion: Any,
     solver: LeastSquares,
     context: Context,
+    targets: Targets | None = None,
 ) -> Trial:
     """As many units of each group as `keep` has, by scores taken when the layers before are cut and refitted.
 
     On a copy of the model, layer after layer in the order of its forward: the layers that read a group are refitted to
     what they computed in the original on the inputs that they get by now, the criterion scores the group by these
     weights and moments, and the reader is refitted on the units that stay. Columns are set to zero, not cut. A group
-    with a reader that is called more than once keeps the units that `keep` has.
+    with a reader that is called more than once, or reads other tokens than in the original, keeps the units that `keep`
+    has. targets: what the layers gave in the original; None measures it.
     """
-    calls = {layer.name: layer.calls for layer in traced.layers}
-    order = [n for n, count in calls.items() if count == 1 and refittable(model.get_submodule(n))]
+    order = layers_in_order(model, traced)
     reads = {g.name: _reading(model, g) for g in groups}
-    repair = Refit(
-        copy_model(model),
-        model,
-        split_batches(context.data)[0],
-        context.data,
-        solver,
-        context.generator("refit"),
-        norms=dict(traced.batch_norm_pairs()),
-        summed=frozenset(name for name in order if traced.feeds_sum(name)),
-    )
+    targets = targets or targets_of(model, traced, order, context)
+    repair = Refit(copy_model(model), targets, solver, norms=dict(traced.batch_norm_pairs()))
     trial = Trial(repair, {name: list(kept) for name, kept in keep.items()}, {}, reads, {})
     waiting = {name for name, read in reads.items() if read and set(read) <= set(order)}
     started = {layer for name in waiting for layer in reads[name]}
     layers = order[min(order.index(name) for name in started) :] if started else []
     with eval_mode(model, trial.model):
         for done, layer in enumerate(layers):
-            trial.moments[layer] = repair.measure(layer)
-            for name in sorted(waiting):
-                if layer in reads[name]:
+            try:
+                trial.moments[layer] = repair.measure(layer)
+                for name in sorted(n for n in waiting if layer in reads[n]):
+                    _choose_group(trial, name, keep, criterion)
                     waiting.remove(name)
-                    units = Units(consumers=tuple(_consumer(trial, reader, name) for reader in reads[name]))
-                    trial.scores[name] = criterion.unit_scores(units)
-                    if name in keep:
-                        trial.keep[name] = _choose(criterion, units, trial.scores[name], len(keep[name]))
-            trial.solve(layer, trial.keep)
+                trial.solve(layer, trial.keep)
+            except CannotRefitError:
+                waiting -= {name for name in waiting if layer in reads[name]}
             context.progress("choose units", done + 1, len(layers))
+    repair.replay.clear()
     return trial
+
+
+def _choose_group(trial: Trial, group: str, keep: Mapping[str, Sequence[int]], criterion: Any) -> None:
+    """Score the group as the trial stands, and take as many of its units as `keep` has."""
+    units = Units(consumers=_consumers(trial, group))
+    trial.scores[group] = criterion.unit_scores(units)
+    if group in keep:
+        trial.keep[group] = _choose(criterion, units, trial.scores[group], len(keep[group]))
+
+
+def layers_in_order(model: nn.Module, traced: Trace) -> list[str]:
+    """Layers that can be refitted, called once each and with a matrix of their own, in the order of the forward."""
+    calls = {layer.name: layer.calls for layer in traced.layers}
+    tied = tied_layers(model)
+    return [n for n, count in calls.items() if count == 1 and n not in tied and refittable(model.get_submodule(n))]
+
+
+def targets_of(model: nn.Module, traced: Trace, layers: Sequence[str], context: Context) -> Targets:
+    """What the layers give on the calibration batches to fit on, and what is added to it, also behind a batch norm."""
+    norms = dict(traced.batch_norm_pairs())
+    sums = {name: norms.get(name, name) for name in layers if traced.feeds_sum(name)}
+    return Targets(model, split_batches(context.data)[0], context.data, layers, context.generator("refit"), sums)
 
 
 def _reading(model: nn.Module, group: Group) -> dict[str, Tensor]:
@@ -113,14 +129,18 @@ def _choose(criterion: Any, units: Units, scores: Tensor, count: int) -> list[in
     return criterion.choose(units, kept) if hasattr(criterion, "choose") else kept
 
 
-def _consumer(trial: Trial, layer: str, group: str) -> Consumer:
-    """The layer as the criterion reads it, with the best weight for all of its present inputs."""
-    repair = trial.repair
-    moments = trial.moments.get(layer) or repair.measure(layer)
-    repair.solve(layer, moments)
-    weight: Tensor = trial.model.get_submodule(layer).weight.detach()  # type: ignore[operator,union-attr,assignment]
-    gram = moments.gram
-    if repair.centred(layer):
-        gram = gram - torch.outer(moments.mean, moments.mean)
-    # Twice, as H is: (2/N) Σ x xᵀ.
-    return Consumer(layer, weight.flatten(1), 2 * gram, moments.mean, trial.reads[group][layer])
+def _consumers(trial: Trial, group: str) -> tuple[Consumer, ...]:
+    """The layers that read the group as the criterion sees them, with the best weights for all their present inputs."""
+    repair, found = trial.repair, []
+    later = [layer for layer in trial.reads[group] if layer not in trial.moments]
+    present = trial.moments | (repair.measure_inputs(later) if later else {})
+    for layer, columns in trial.reads[group].items():
+        moments = present[layer]
+        repair.solve(layer, moments, torch.arange(len(moments.mean)))
+        weight: Tensor = trial.model.get_submodule(layer).weight.detach()  # type: ignore[operator,union-attr,assignment]
+        gram = moments.gram
+        if repair.centred(layer):
+            gram = gram - torch.outer(moments.mean, moments.mean)
+        # Twice, as H is: (2/N) Σ x xᵀ.
+        found.append(Consumer(layer, weight.flatten(1), 2 * gram, moments.mean, columns))
+    return tuple(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,6 @@ class Timer:
     """The whole model, exported once and kept loaded; other models are exported, timed in turn with it, and dropped.
 
     whole_ms: median latency of the whole model when it was loaded: what shares of it are turned into milliseconds by.
-    error: the largest standard error of a share so far; it grows with what else the machine does.
     """
 
     def __init__(self, model: nn.Module, target: Any, batch: Batch, folder: Path, context: Context) -> None:
@@ -32,14 +32,28 @@ class Timer:
         self._folder, self._feed = folder, context.data.feed
         self._whole = self._call(model, self._folder)
         found = measure_relative(self._whole, self._whole, seconds=CAREFUL)
-        self.whole_ms, self.error = found.reference_ms, found.error
+        self.whole_ms, self._base, self._errors = found.reference_ms, 1.0, [found.error]
+
+    @property
+    def error(self) -> float:
+        """The largest standard error of a share of the whole model's latency so far; it grows with what else runs."""
+        return max(self._errors)
 
     def relative(self, model: nn.Module, seconds: float = CAREFUL) -> float:
         """The model's latency as a share of the whole one's. Raises TargetError where it cannot be exported."""
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
             found = measure_relative(self._whole, self._call(model, Path(folder)), seconds=seconds)
-        self.error = max(self.error, found.error)
-        return found.share
+        self._errors.append(found.error)
+        return found.share / self._base
+
+    def starting_from(self, share: float) -> Timer:
+        """This timer for a model that takes such a share of the whole one's latency, and for cuts of it.
+
+        Its shares and `whole_ms` are that model's, and what it times is still timed beside the whole one.
+        """
+        found = copy.copy(self)
+        found.whole_ms, found._base = self.whole_ms * share, self._base * share
+        return found
 
     def _call(self, model: nn.Module, folder: Path) -> Callable[[], Any]:
         runner = self.target.load(

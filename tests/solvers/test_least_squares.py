@@ -10,9 +10,9 @@ from gracile.errors import ConfigError
 from gracile.solvers import LeastSquares, Moments
 
 
-def moments_of(x0: torch.Tensor, x: torch.Tensor) -> Moments:
-    """x0: [n, d_original], x: [n, d], float64."""
-    return Moments(x.T @ x / len(x), x0.T @ x / len(x), x.mean(0), x0.mean(0))
+def moments_of(target: torch.Tensor, x: torch.Tensor) -> Moments:
+    """target: [n, out], x: [n, d], float64."""
+    return Moments(x.T @ x / len(x), target.T @ x / len(x), x.mean(0), target.mean(0))
 
 
 def data(seed: int, kept: int = 5, outputs: int = 4, n: int = 400) -> tuple[torch.Tensor, ...]:
@@ -27,7 +27,7 @@ def data(seed: int, kept: int = 5, outputs: int = 4, n: int = 400) -> tuple[torc
 @pytest.mark.parametrize("centre", [True, False])
 def test_it_is_ridge_regression_towards_the_prior(centre: bool) -> None:
     x0, x, weight, prior = data(0)
-    solved, shift = LeastSquares(damping=0.05)(weight, prior, moments_of(x0, x), centre)
+    solved, shift = LeastSquares(damping=0.05)(prior, moments_of(x0 @ weight.T, x), centre)
     a, target = x.numpy(), (x0 @ weight.T).numpy()
     if centre:
         a, target = a - a.mean(0), target - target.mean(0)
@@ -41,7 +41,7 @@ def test_it_is_ridge_regression_towards_the_prior(centre: bool) -> None:
 
 def test_the_error_is_below_that_of_the_cut_weights() -> None:
     x0, x, weight, prior = data(1)
-    solved, shift = LeastSquares()(weight, prior, moments_of(x0, x), True)
+    solved, shift = LeastSquares()(prior, moments_of(x0 @ weight.T, x), True)
     target = x0 @ weight.T
     refitted = (x @ solved.T + shift - target).square().mean()
     cut = (x @ prior.T - target).square().mean()
@@ -50,7 +50,7 @@ def test_the_error_is_below_that_of_the_cut_weights() -> None:
 
 def test_with_nothing_cut_the_weights_stay() -> None:
     x0, _, weight, _ = data(2)
-    solved, shift = LeastSquares()(weight, weight, moments_of(x0, x0), True)
+    solved, shift = LeastSquares()(weight, moments_of(x0 @ weight.T, x0), True)
     assert torch.allclose(solved, weight, atol=1e-9)
     assert torch.allclose(shift, torch.zeros(4, dtype=torch.float64), atol=1e-9)
 
@@ -58,7 +58,7 @@ def test_with_nothing_cut_the_weights_stay() -> None:
 def test_inputs_that_never_vary_leave_the_prior() -> None:
     x0, x, weight, prior = data(3)
     constant = torch.ones_like(x)
-    solved, shift = LeastSquares()(weight, prior, moments_of(torch.ones_like(x0), constant), True)
+    solved, shift = LeastSquares()(prior, moments_of(torch.ones_like(x0) @ weight.T, constant), True)
     assert torch.equal(solved, prior)
     assert torch.allclose(shift, torch.zeros(4, dtype=torch.float64))
 

@@ -19,7 +19,7 @@ from gracile.errors import ConfigError, DataError, NothingChangedError
 from gracile.goal import MACs
 from gracile.graph import trace
 from gracile.losses import cross_entropy
-from gracile.patterns import Channels, Heads, Layers, Unstructured
+from gracile.patterns import Channels, Heads, Unstructured
 from gracile.recipe import only
 from gracile.solvers import LeastSquares
 from gracile.steps import Prune
@@ -198,7 +198,7 @@ def test_several_patterns_share_one_budget() -> None:
     assert step.title == "Prune channels and heads to MACs(amount=0.6) by OBS"
 
 
-@pytest.mark.parametrize("pattern", [(), (Channels(), Unstructured()), (Heads(), "channels"), (Channels(), Layers())])
+@pytest.mark.parametrize("pattern", [(), (Channels(), Unstructured()), (Heads(), "channels")])
 def test_only_kinds_of_units_go_together(pattern: Any) -> None:
     with pytest.raises(ConfigError, match="not a pattern"):
         Prune(0.5, pattern=pattern)

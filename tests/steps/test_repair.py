@@ -73,9 +73,10 @@ def test_a_refit_that_makes_it_worse_is_taken_back(monkeypatch: pytest.MonkeyPat
 
     plain = compressed(None)
 
-    def spoil(repair: Refit, *rest: object, **settings: object) -> None:
+    def spoil(repair: Refit, *rest: object, **settings: object) -> dict[str, str]:
         with torch.no_grad():
             repair.model.get_parameter("b.weight").mul_(-3)
+        return {}
 
     monkeypatch.setattr(module, "refit", spoil)
     result = compressed(LeastSquares())
@@ -92,3 +93,32 @@ def test_the_original_is_not_touched_and_a_seed_gives_the_same_weights() -> None
     assert all(torch.equal(value, before[name]) for name, value in original.state_dict().items())
     for a, b in zip(results[0].state_dict().values(), results[1].state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+class Tied(nn.Module):
+    """The classifier reads by the embedding's matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.up, self.down = nn.Embedding(9, 6), nn.Linear(6, 24), nn.Linear(24, 6)
+        self.head = nn.Linear(6, 9, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        out: Tensor = self.head(x + self.down(torch.relu(self.up(x)))).mean(1)
+        return out
+
+
+@pytest.mark.parametrize("criterion", [gc.Magnitude(), gc.criteria.OBS()], ids=str)
+def test_a_weight_that_an_embedding_shares_is_not_refitted(criterion: Any) -> None:
+    torch.manual_seed(0)
+    model = Tied().eval()
+    generator = torch.Generator().manual_seed(1)
+    data = gc.Data(calibration=[torch.randint(0, 9, (16, 5), generator=generator) for _ in range(6)])
+    step = gc.Prune(0.5, pattern=gc.Channels(), criterion=criterion, repair=LeastSquares(), exclude=("embed",))
+    result = gc.compress(model, step, data)
+    assert result.model.head.weight is result.model.embed.weight
+    assert torch.equal(result.model.embed.weight, model.embed.weight)  # type: ignore[union-attr,arg-type]
+    rows = {row.name for row in result.report.steps[0].layers if row.action == "refitted"}
+    assert rows == {"down"}

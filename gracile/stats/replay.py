@@ -1,0 +1,151 @@
+"""Forwards that start where a layer is: what ran before it is replayed from its outputs, not computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from gracile.data import Batch, Data
+from gracile.stats.sums import read_inputs
+
+#: What outputs of all batches may take together; a model that needs more is run from its start each time.
+HELD_BYTES = 1 << 30
+
+
+class Replay:
+    """Forwards of fixed batches through a model that changes layer after layer, in the order in which it calls them.
+
+    After `seek(layer)`, modules that end before the layer begins give the outputs that they gave when they last ran;
+    the model must not change before that layer any more. On one batch the layer's input is compared with that of a
+    forward from the start; where they differ in any bit (modules that keep a state, say) nothing is replayed.
+    """
+
+    def __init__(self, model: nn.Module, data: Data, batches: Sequence[Batch]) -> None:
+        self.model, self.data, self.batches = model, data, batches
+        self.works = len(batches) > 0
+        self._spans: dict[str, tuple[int, int]] = {}
+        self._wanted: list[str] = []
+        self._start = -1
+        self._held: list[dict[str, Any]] = [{} for _ in batches]
+
+    @torch.no_grad()
+    def run(self, index: int) -> Any:
+        """The model's outputs on one batch."""
+        if not self.works:
+            return self.data.forward(self.model, self.batches[index])
+        held = self._held[index]
+        found: dict[str, Any] = {}
+        try:
+            with _giving(self.model, held), _noting(self.model, [n for n in self._wanted if n not in held], found):
+                return self.data.forward(self.model, self.batches[index])
+        finally:  # a forward may be stopped behind the layer
+            everything = held | found
+            self._held[index] = {name: everything[name] for name in self._wanted if name in everything}
+
+    def seek(self, layer: str) -> None:
+        """Let forwards start at this layer. The model has to be in eval mode."""
+        if not self.works:
+            return
+        if not self._spans:
+            self._spans = _spans(self.model, self.data, self.batches[0])
+        if layer not in self._spans:
+            self.clear()
+            self._wanted = []
+            return
+        start = self._spans[layer][0]
+        if start < self._start:
+            self.clear()
+        self._start, self._wanted = start, _ended_before(start, self._spans)
+        expected = read_inputs(self.model, [layer], lambda model: self.data.forward(model, self.batches[0]))
+        found = read_inputs(self.model, [layer], lambda model: self.run(0))
+        again = read_inputs(self.model, [layer], lambda model: self.run(0))
+        same = all(torch.equal(expected[layer], each[layer]) for each in (found, again))
+        if not same or self._nbytes() > HELD_BYTES:
+            self.clear()
+            self.works = False
+
+    def clear(self) -> None:
+        """Forget all outputs."""
+        self._held = [{} for _ in self.batches]
+        self._start = -1
+
+    def _nbytes(self) -> int:
+        return sum(t.nbytes for t in tree_leaves(self._held[0]) if isinstance(t, Tensor)) * len(self.batches)
+
+
+def _spans(model: nn.Module, data: Data, batch: Batch) -> dict[str, tuple[int, int]]:
+    """Module -> when it begins and ends, in events, of those that are called once and give tensors alone."""
+    begins: dict[str, list[int]] = {}
+    ends: dict[str, int] = {}
+    others: set[str] = set()
+    clock = iter(range(1 << 62))
+    handles = []
+
+    def on_begin(name: str) -> None:
+        begins.setdefault(name, []).append(next(clock))
+
+    def on_end(name: str, output: Any) -> None:
+        ends[name] = next(clock)
+        if not all(leaf is None or isinstance(leaf, (Tensor, int, float, str)) for leaf in tree_leaves(output)):
+            others.add(name)
+
+    for name, module in model.named_modules():
+        if name:
+            handles.append(module.register_forward_pre_hook(lambda _m, _a, name=name: on_begin(name)))
+            handles.append(module.register_forward_hook(lambda _m, _a, y, name=name: on_end(name, y)))
+    try:
+        data.forward(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {n: (b[0], ends[n]) for n, b in begins.items() if len(b) == 1 and n in ends and n not in others}
+
+
+def _ended_before(start: int, spans: dict[str, tuple[int, int]]) -> list[str]:
+    """Modules that have ended by then, without those that ran inside another of them."""
+    ended = sorted((span, name) for name, span in spans.items() if span[1] < start)
+    outermost: list[str] = []
+    last = -1
+    for (_, end), name in ended:
+        if end > last:
+            outermost.append(name)
+            last = end
+    return outermost
+
+
+@contextmanager
+def _giving(model: nn.Module, held: dict[str, Any]) -> Iterator[None]:
+    """These modules return copies of the outputs held: what comes after may write into them."""
+    modules = {name: model.get_submodule(name) for name in held}
+    try:
+        for name, module in modules.items():
+            module.__dict__["forward"] = lambda *_args, output=held[name], **_kwargs: _copied(output)
+        yield
+    finally:
+        for module in modules.values():
+            module.__dict__.pop("forward", None)
+
+
+@contextmanager
+def _noting(model: nn.Module, names: Sequence[str], found: dict[str, Any]) -> Iterator[None]:
+    handles = []
+    for name in names:
+
+        def note(_module: nn.Module, _args: Any, output: Any, name: str = name) -> None:
+            found[name] = _copied(output)
+
+        handles.append(model.get_submodule(name).register_forward_hook(note))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _copied(output: Any) -> Any:
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)

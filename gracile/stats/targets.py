@@ -1,0 +1,122 @@
+"""What layers gave in the original, at tokens or positions drawn once: what every refit of them aims at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gracile.data import Batch, Data
+from gracile.modes import eval_mode
+from gracile.stats.rows import rows_at
+from gracile.stats.sums import WatchSums
+
+#: Tokens or positions behind the moments of one layer; neighbouring positions of an image say nearly the same.
+ROWS = 65536
+#: What the rows of several layers may take together; of what does not fit, only the layer asked for is held.
+HELD_BYTES = 1 << 30
+
+
+@dataclass
+class Target:
+    """Rows of one layer in the original, by batch.
+
+    counts: how many tokens or positions it had. chosen: indices into these. outputs: [n, out], without the bias.
+    streams: [n, out], what the output is added to; empty where it is added to nothing.
+    """
+
+    counts: list[int] = field(default_factory=list)
+    chosen: list[Tensor] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    streams: list[Tensor] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for part in (self.chosen, self.outputs, self.streams) for t in part)
+
+
+class Targets:
+    """Targets of layers of the original: one forward of each batch gives those of as many layers as may be held.
+
+    original: runs in eval mode. layers: in the order of its forward, each called once. sums: layer -> the module whose
+    output is added to a stream: the layer itself or the batch norm behind it.
+    """
+
+    def __init__(
+        self,
+        original: nn.Module,
+        batches: Sequence[Batch],
+        data: Data,
+        layers: Sequence[str],
+        generator: torch.Generator,
+        sums: Mapping[str, str] | None = None,
+    ) -> None:
+        self.original, self.batches, self.data = original, batches, data
+        self.layers, self.sums = list(layers), dict(sums or {})
+        self._seed = int(torch.randint(2**31, (1,), generator=generator))
+        self._held: dict[str, Target] = {}
+
+    def of(self, layer: str) -> Target:
+        """The layer's target; the same each time it is asked for."""
+        if layer not in self._held:
+            self._held = {}
+            self._collect(self.layers[self.layers.index(layer) :])
+        return self._held[layer]
+
+    @torch.no_grad()
+    def _collect(self, layers: Sequence[str]) -> None:
+        held = {name: Target() for name in layers}
+        with eval_mode(self.original):
+            for done, batch in enumerate(self.batches):
+                self._add(held, batch)
+                if not done:
+                    total, fits = 0, dict[str, Target]()
+                    for name, target in held.items():
+                        total += target.nbytes * len(self.batches)
+                        if fits and total > HELD_BYTES:
+                            break
+                        fits[name] = target
+                    held = fits
+        self._held = held
+
+    def _add(self, held: Mapping[str, Target], batch: Batch) -> None:
+        wanted = max(1, ROWS // len(self.batches))
+        watch = WatchSums()
+        owners = {self.sums[name]: name for name in held if name in self.sums}
+        handles = []
+
+        def on_output(name: str, y: Tensor) -> None:
+            layer: Any = self.original.get_submodule(name)
+            target = held[name]
+            rows = y.numel() // len(layer.weight)
+            chosen = torch.arange(rows)
+            if rows > wanted:
+                place = self.layers.index(name) * len(self.batches) + len(target.chosen)
+                chosen = torch.randint(rows, (wanted,), generator=torch.Generator().manual_seed(self._seed + place))
+            target.counts.append(rows)
+            target.chosen.append(chosen.to(y.device))
+            bias = 0.0 if layer.bias is None else layer.bias
+            target.outputs.append(rows_at(layer, y, target.chosen[-1]) - bias)
+
+        def on_stream(name: str, stream: Tensor) -> None:
+            target = held[name]
+            target.streams.append(rows_at(self.original.get_submodule(name), stream, target.chosen[-1]))
+
+        for name in held:
+            layer = self.original.get_submodule(name)
+            handles.append(layer.register_forward_hook(lambda _m, _a, y, name=name: on_output(name, y)))
+        for module, name in owners.items():
+            handles.append(
+                self.original.get_submodule(module).register_forward_hook(
+                    lambda _m, _a, y, name=name: watch.wait(y, lambda stream: on_stream(name, stream))
+                )
+            )
+        try:
+            with watch:
+                self.data.forward(self.original, batch)
+        finally:
+            for handle in handles:
+                handle.remove()

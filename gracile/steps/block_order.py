@@ -1,0 +1,131 @@
+"""The order in which residual blocks go: each time the one whose absence, after repair if there is one, costs least."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from gracile.context import Context
+from gracile.data import Batch
+from gracile.errors import DataError
+from gracile.graph import Block, Trace, trace
+from gracile.patterns import Layers
+from gracile.recipe import Recorder
+from gracile.sharing import share_parameters
+from gracile.stats.match import divergence, split_batches
+from gracile.steps.blocks import put_module, put_skip, skip_blocks
+from gracile.steps.repair import repair_units
+from gracile.steps.tables import outputs_of, some_batches
+from gracile.surgery import Resize
+
+if TYPE_CHECKING:
+    from gracile.steps.prune import Prune
+
+
+class BlockOrder:
+    """Blocks gone so far and what losing each of the others would do, measured anew after every one.
+
+    gone: in the order taken. losses: of every block the last divergence measured with it left out, without repair.
+    compared: for each block taken, the candidates' divergence after repair on held-out batches, by name.
+    least: of what `next` gave last, its divergence. strayed: whether a repair ever led to another block than the one
+    that costs least without. trial: a copy of the model without the blocks that are gone.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[Block],
+        batch: Batch,
+        step: Prune,
+        context: Context,
+        *,
+        repaired: bool = True,
+    ) -> None:
+        """repaired: whether candidates are compared after the step's repair, where it has one."""
+        self.model, self.blocks, self.batch, self.step, self.context = model, list(blocks), batch, step, context
+        self.pattern = next(pattern for pattern in step.patterns if isinstance(pattern, Layers))
+        self.repaired = repaired and step.repair is not None and self.pattern.candidates > 1
+        self.trial = share_parameters(model).eval()
+        self.batches = some_batches(context.data, self.pattern.examples)
+        self.references = outputs_of(self.trial, context.data, self.batches)
+        self.held_out = split_batches(context.data)[1]
+        self.expected = outputs_of(self.trial, context.data, self.held_out)
+        self.gone: list[Block] = []
+        self.losses: dict[Block, float] = {}
+        self.compared: list[dict[str, float]] = []
+        self.least = math.inf
+        self.strayed = False
+        self._measure()
+
+    @property
+    def left(self) -> list[Block]:
+        """Blocks that are still there, in the order of the model."""
+        return [block for block in self.blocks if block not in self.gone]
+
+    def next(self) -> tuple[Block, float]:
+        """The block to leave out next, and the divergence that this makes, after repair if there is one."""
+        ranked = sorted(self.left, key=self.losses.__getitem__)
+        if not self.repaired:
+            return ranked[0], self.losses[ranked[0]]
+        found = {block: self.loss_repaired([*self.gone, block]) for block in ranked[: self.pattern.candidates]}
+        self.compared.append({block.name: loss for block, loss in found.items()})
+        best = min(found, key=found.__getitem__)
+        self.strayed = self.strayed or best is not ranked[0]
+        return best, found[best]
+
+    def take(self, block: Block) -> None:
+        """Leave the block out of the trial and measure the others anew."""
+        self.gone.append(block)
+        put_skip(self.trial, block)
+        self._measure()
+
+    def loss_repaired(self, gone: Sequence[Block]) -> float:
+        """The divergence on held-out batches of a copy without these blocks, the rest repaired; infinity for NaN."""
+        trial = share_parameters(self.model).eval()
+        skip_blocks(trial, gone)
+        repair_blocks(trial, self.model, gone, self.batch, self.step, self.context, Recorder(self.step))
+        loss = divergence(outputs_of(trial, self.context.data, self.held_out), self.expected)
+        return loss if math.isfinite(loss) else math.inf
+
+    def _measure(self) -> None:
+        for done, block in enumerate(self.left):
+            module = put_skip(self.trial, block)
+            loss = divergence(outputs_of(self.trial, self.context.data, self.batches), self.references)
+            put_module(self.trial, block.name, module)
+            if not math.isfinite(loss):
+                raise DataError(f"The outputs are NaN or infinite without '{block.name}'.\n  Exclude it.")
+            self.losses[block] = loss
+            self.context.progress("blocks", done + 1, len(self.left), block.name)
+        if self.left:
+            self.least = min(self.losses[block] for block in self.left)
+
+
+def repair_blocks(
+    model: nn.Module,
+    reference: nn.Module,
+    gone: Sequence[Block],
+    batch: Batch,
+    step: Prune,
+    context: Context,
+    recorder: Recorder,
+) -> None:
+    """Refit and correct a model without some blocks, towards the one with them, from the first of them on."""
+    traced = trace(model, lambda net: context.data.forward(net, batch))
+    first = first_behind(traced, reference, gone, batch, context)
+    repair_units(model, reference, traced, Resize({}), step, context, recorder, first)
+
+
+def first_behind(
+    traced: Trace, reference: nn.Module, gone: Sequence[Block], batch: Batch, context: Context
+) -> str | None:
+    """The first layer that is called once behind the first block gone; None where there is none.
+
+    traced: of the model without the blocks. reference: the model with them.
+    """
+    left = {layer.name for layer in traced.layers if layer.calls == 1}
+    order = [layer.name for layer in trace(reference, lambda net: context.data.forward(net, batch)).layers]
+    inside = [i for i, name in enumerate(order) if any(name.startswith(f"{block.name}.") for block in gone)]
+    return next((name for name in order[inside[0] :] if name in left), None)

@@ -1,0 +1,188 @@
+"""Blocks and units to one budget: against each number of blocks by hand, and what can be done with the result."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import gracile as gc
+from gracile.context import Context
+from gracile.graph import trace
+from gracile.surgery import Remove, Resize
+
+
+class Perceptron(nn.Module):
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 48), nn.Linear(48, 12)
+        with torch.no_grad():
+            self.down.weight.mul_(scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.down(torch.tanh(self.up(x)))
+        return y
+
+
+class Net(nn.Module):
+    """Blocks of which those with a small scale do little, whatever their width."""
+
+    def __init__(self, scales: tuple[float, ...] = (2.0, 0.01, 3.0, 0.02, 2.5)) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head = nn.Linear(6, 12), nn.Linear(12, 3)
+        self.blocks = nn.ModuleList(Perceptron(scale) for scale in scales)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        y: Tensor = self.head(x)
+        return y
+
+
+def batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(32, 6, generator=generator) for _ in range(16)]
+
+
+def data() -> gc.Data:
+    return gc.Data(calibration=batches())
+
+
+def macs(model: nn.Module) -> int:
+    return trace(model, lambda net: net(batches()[0])).macs
+
+
+def held_out_kl(model: nn.Module, original: nn.Module) -> float:
+    x = torch.cat(batches()[::8])
+    with torch.no_grad():
+        found, expected = (net.eval()(x).double().log_softmax(1) for net in (model, original))
+    return float(F.kl_div(found, expected, log_target=True, reduction="batchmean"))
+
+
+def joint(amount: float, **settings: Any) -> gc.Prune:
+    pattern = (gc.Channels(), gc.Layers(candidates=1))
+    return gc.Prune(to=gc.MACs(amount), pattern=pattern, exclude=("stem",), **settings)
+
+
+@pytest.mark.parametrize("repair", [None, gc.solvers.LeastSquares()], ids=str)
+def test_as_many_blocks_go_as_serve_the_outputs_best(repair: Any) -> None:
+    """Not worse than units cut from a model whose 0, 1 or 2 blocks were taken out by hand, which nothing makes good."""
+    model = Net()
+    result = gc.compress(model, joint(0.6, repair=repair), data())
+    record = result.report.steps[0]
+    losses = []
+    for gone in ((), (1,), (1, 3)):
+        net = Net()
+        net.blocks = nn.ModuleList(block for i, block in enumerate(net.blocks) if i not in gone)
+        units = gc.Prune(to=gc.MACs(0.6 * macs(model)), pattern=gc.Channels(), exclude=("stem",), repair=repair)
+        if macs(net) > 0.6 * macs(model):
+            net = gc.compress(net, units, data()).model  # type: ignore[assignment]
+        losses.append(held_out_kl(net, model))
+    found = held_out_kl(result.model, model)
+    assert macs(result.model) <= 0.6 * macs(model)
+    assert record.numbers["blocks_removed"] > 0
+    assert found <= min(losses)
+    assert record.numbers["divergence"] == pytest.approx(found, rel=1e-3, abs=1e-7)
+    note = next(note for note in record.notes if note.startswith("Divergence on held-out batches by the number"))
+    assert float(note.partition(" 0: ")[2].partition(",")[0]) == pytest.approx(losses[0], rel=1e-2)
+
+
+class Attends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.qkv, self.out = 4, nn.Linear(12, 36), nn.Linear(12, 12)
+        self.mlp = Perceptron(1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, _ = x.shape
+        q, k, v = self.qkv(x).view(n, length, 3, self.heads, 3).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, length, 3 * self.heads)
+        y: Tensor = self.mlp(x + self.out(mixed))
+        return y
+
+
+def test_heads_channels_and_layers_by_obs_with_measured_losses() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), *(Attends() for _ in range(4)), nn.Flatten(), nn.Linear(60, 3))
+    calibration = [torch.randn(16, 5, 6, generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    step = gc.Prune(
+        to=gc.MACs(0.5),
+        criterion=gc.criteria.OBS(),
+        pattern=(gc.Channels(), gc.Heads(), gc.Layers(candidates=2)),
+        allocation=gc.allocate.MeasuredLoss(rounds=1),
+        repair=gc.solvers.LeastSquares(),
+    )
+    result = gc.compress(model, step, gc.Data(calibration=calibration))
+    before, after = (trace(net, lambda m: m(calibration[0])).macs for net in (model, result.model))
+    assert after <= 0.5 * before
+    record = result.report.steps[0]
+    tried = next(note for note in record.notes if note.startswith("Divergence on held-out batches by the number"))
+    losses = [float(part.partition(": ")[2].rstrip(".")) for part in tried.split("removed: ")[1].split(", ")]
+    assert len(losses) >= 2 and min(losses) == pytest.approx(record.numbers["divergence"], rel=1e-2)
+
+
+def test_rows_and_edits_are_of_both_and_the_artifact_loads(tmp_path: Any) -> None:
+    result = gc.compress(Net(), joint(0.5), data())
+    record = result.report.steps[0]
+    rows = {row.name: row.action for row in record.layers if row.kind == "Perceptron"}
+    assert rows == {f"blocks.{i}": "removed" if i in (1, 3) else "kept" for i in range(5)}
+    assert any(row.action == "cut" for row in record.layers)
+    assert [type(edit) for edit in record.edits] == [Resize, Remove, Remove]
+    assert record.title == "Prune channels and layers to MACs(amount=0.5) by Magnitude"
+    assert any(note.startswith("Divergence on held-out batches by the number of blocks") for note in record.notes)
+    result.save(tmp_path / "model")
+    loaded = gc.load(tmp_path / "model", Net()).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(batches()[0]), result.model.eval()(batches()[0]))
+
+
+def test_blocks_that_all_matter_stay_and_the_units_meet_the_budget() -> None:
+    model = Net((2.0, 2.5, 3.0))
+    with torch.no_grad():
+        for block in model.blocks:
+            block.up.weight[24:] = 0.0  # type: ignore[union-attr,index]
+            block.down.weight[:, 24:] = 0.0  # type: ignore[union-attr,index]
+            block.up.bias[24:] = 0.0  # type: ignore[union-attr,index]
+    result = gc.compress(model, joint(0.6), data())
+    assert result.report.steps[0].numbers["blocks_removed"] == 0
+    assert held_out_kl(result.model, model) < 1e-6
+    assert len(result.model.blocks) == 3  # type: ignore[arg-type]
+
+
+def test_blocks_alone_will_do_where_the_units_cannot_and_a_net_without_blocks_says_so() -> None:
+    model = Net((0.01, 0.01, 0.01))
+    step = gc.Prune(to=gc.MACs(0.4), pattern=(gc.Channels(), gc.Layers()), exclude=("stem", "blocks.2.up"))
+    result = gc.compress(model, step, data())
+    assert macs(result.model) <= 0.4 * macs(model)
+    assert result.report.steps[0].numbers["blocks_removed"] == 2
+    plain = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+    result = gc.compress(plain, gc.Prune(to=gc.MACs(0.6), pattern=(gc.Channels(), gc.Layers())), data())
+    assert any("No block was removed" in note for note in result.report.steps[0].notes)
+    with pytest.raises(gc.ConfigError, match="cannot be met by blocks and units"):
+        gc.compress(model, replaced(step, gc.MACs(0.001)), data())
+
+
+def replaced(step: gc.Prune, budget: Any) -> gc.Prune:
+    return gc.Prune(to=budget, pattern=step.pattern, exclude=step.exclude)
+
+
+def test_the_model_given_stays_and_a_failed_step_leaves_it_whole() -> None:
+    model = Net().eval()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(gc.ConfigError):
+        joint(0.001)(model, Context(data(), model, model))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("settings", [{"fraction": 0.3}, {"below": 0.1}], ids=str)
+def test_blocks_and_units_share_no_amount_but_a_budget(settings: Any) -> None:
+    with pytest.raises(gc.ConfigError, match="no common amount but a budget"):
+        gc.Prune(pattern=(gc.Channels(), gc.Layers()), **settings)
+    with pytest.raises(gc.ConfigError, match="no common amount but a budget"):
+        gc.Prune(to=gc.MACs(0.5), pattern=(gc.Layers(), gc.Layers()))

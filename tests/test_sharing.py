@@ -1,0 +1,119 @@
+"""Copies that read a model's parameters: what is theirs, what is not, and what a cut of a whole model allocates."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gracile as gc
+from gracile.context import Context
+from gracile.evaluate.size import state_bytes
+from gracile.recipe import Step
+from gracile.report.model import StepRecord
+from gracile.sharing import own_parameters, share_parameters
+
+
+def places(model: nn.Module) -> list[int]:
+    return [p.untyped_storage().data_ptr() for p in model.parameters()]
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Embedding(7, 4), nn.BatchNorm1d(4), nn.Linear(4, 7)
+        self.head.weight = self.embed.weight
+
+
+def test_a_copy_reads_the_numbers_of_the_parameters_and_has_all_else_of_its_own() -> None:
+    model = Tied()
+    twin = share_parameters(model)
+    assert places(twin) == places(model)
+    assert not {id(m) for m in twin.modules()} & {id(m) for m in model.modules()}
+    assert twin.head.weight is twin.embed.weight
+    twin.requires_grad_(False).eval()
+    twin.norm.running_mean.add_(1.0)  # type: ignore[union-attr,operator]
+    assert all(p.requires_grad for p in model.parameters()) and model.training
+    assert torch.equal(model.norm.running_mean, torch.zeros(4))  # type: ignore[arg-type]
+
+
+def test_parameters_of_its_own_stay_tied_and_those_it_had_stay_where_they_are() -> None:
+    model = Tied()
+    twin = share_parameters(model)
+    twin.head.bias = nn.Parameter(torch.ones(7))
+    kept = twin.head.bias.data_ptr()
+    own_parameters(twin, model)
+    assert not set(places(twin)) & set(places(model))
+    assert twin.head.weight is twin.embed.weight and twin.head.bias.data_ptr() == kept
+    assert torch.equal(twin.embed.weight, model.embed.weight)
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.down(self.up(x).relu())
+        return y
+
+
+def stack(width: int = 8) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, width), *(Residual(width) for _ in range(4)), nn.Linear(width, 3))
+
+
+class Doubled(Step):
+    """Writes into every parameter it is given."""
+
+    def __call__(self, model: nn.Module, context: Context) -> StepRecord:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(2.0)
+        return StepRecord(step={}, title="doubled", seconds=0.0)
+
+
+STEPS = (
+    gc.Prune(0.25, pattern=gc.Channels()),
+    gc.Prune(0.25, pattern=gc.Channels(), correct=False),
+    gc.Prune(0.25, pattern=gc.Channels(), repair=gc.solvers.LeastSquares()),
+    gc.Prune(0.25, pattern=gc.Layers(), repair=gc.solvers.LeastSquares()),
+    gc.Prune(0.25, pattern=gc.Layers(), correct=False),
+    gc.Prune(0.25),
+    Doubled(),
+)
+
+
+@pytest.mark.parametrize("first", STEPS, ids=str)
+@pytest.mark.parametrize("second", [None, Doubled()], ids=str)
+def test_no_step_and_no_use_of_the_result_reaches_the_model_given(first: Step, second: Step | None) -> None:
+    """Steps that get the model's own numbers, and a step that writes behind them."""
+    model = stack()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    data = gc.Data(calibration=[torch.randn(32, 4) for _ in range(3)])
+    steps = gc.Recipe(first, second) if second is not None else first
+    result = gc.compress(model, steps, data)
+    assert not set(places(result.model)) & set(places(model))
+    with torch.no_grad():
+        for p in result.model.parameters():
+            p.fill_(7.0)
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+def peak_bytes(profile: torch.profiler.profile) -> int:
+    """The most that was allocated at a time, of what was allocated within the profile."""
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+def test_a_cut_allocates_little_more_than_its_result() -> None:
+    """The result is 0.73 of the model's bytes; each deep copy of the model on the way would add 1.0."""
+    model = stack(256)
+    data = gc.Data(calibration=[torch.randn(8, 4) for _ in range(2)])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = gc.compress(model, gc.Prune(0.25, pattern=gc.Channels()), data)
+    size = state_bytes(model)
+    assert state_bytes(result.model) < 0.75 * size
+    assert peak_bytes(profile) < 1.3 * size
