@@ -158,7 +158,7 @@ class MeasuredLoss:
         furthest = max(1, round(self.reach * shrink * units))
         steps = max(1, self.levels // 4)
         around = (removed + round(furthest * i / steps) for i in range(-steps, steps + 1))
-        return self._snapped(around, units, least=0)
+        return sorted({*self._snapped(around, units, least=0), removed})
 
     def _snapped(self, counts: Iterable[float], units: int, least: int) -> list[int]:
         """The counts removed, rounded so that what is left is a multiple, or half of one; `least` is the smallest."""

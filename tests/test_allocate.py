@@ -192,6 +192,8 @@ def test_widths_around_the_present_one_stay_within_reach_and_within_the_group() 
     assert allocation.counts_around(32, 0, 1.0) == [0, 4, 8]
     assert allocation.counts_around(8, 7, 1.0) == [5, 6, 7]
     assert allocation.counts_around(3, 1, 0.1) == [0, 1, 2]
+    # The present one is no multiple: budgets that do not jump are met between widths.
+    assert MeasuredLoss(multiple_of=8).counts_around(32, 13, 1.0) == [8, 13, 16, 24]
 
 
 def test_in_context_staying_whole_is_an_option_only_where_it_was_measured() -> None:
