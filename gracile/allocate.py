@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gracile.errors import ConfigError
+from gracile.knapsack import choose_options
 from gracile.patterns import lowest
 
 
@@ -116,6 +117,8 @@ class MeasuredLoss:
         original's outputs. 0: the widths of single cuts, by `power`.
     starts: further powers. Where there are rounds, each of them and `power` gives two starts, one of which leaves
         groups whole that several layers read (residual streams); the rounds go on from the one nearest to the original.
+    multiple_of: widths tried are multiples of the largest power of two up to this that a group holds four times, and
+        half of one. None: any width; of a latency budget, the floats in a vector of this processor.
     Source: the one-shot allocation by loss tables of SPDY (Frantar and Alistarh 2022, arXiv:2201.13096); the rounds
     are ours.
     """
@@ -126,6 +129,7 @@ class MeasuredLoss:
     examples: int = 512
     rounds: int = 3
     reach: float = 0.25
+    multiple_of: int | None = None
 
     def __post_init__(self) -> None:
         if not all(0 < power <= 2 for power in (self.power, *self.starts)):
@@ -142,30 +146,37 @@ class MeasuredLoss:
                 f"MeasuredLoss(rounds={self.rounds!r}, reach={self.reach!r}): a whole number of at least 0, and a "
                 f"share above 0, at most 1."
             )
+        if self.multiple_of is not None and (not isinstance(self.multiple_of, int) or self.multiple_of < 1):
+            raise ConfigError(f"MeasuredLoss(multiple_of={self.multiple_of!r}): a whole number of at least 1, or None.")
 
     def counts(self, units: int) -> list[int]:
         """Numbers of units to try removing, at least one being left: equal steps, ascending."""
-        return sorted({min(round(units * i / self.levels), units - 1) for i in range(1, self.levels + 1)} - {0})
+        return self._snapped((units * i / self.levels for i in range(1, self.levels + 1)), units, least=1)
 
     def counts_around(self, units: int, removed: int, shrink: float) -> list[int]:
         """Numbers of units to try removing within `reach · shrink` of the present number, which is among them."""
         furthest = max(1, round(self.reach * shrink * units))
         steps = max(1, self.levels // 4)
-        around = {removed + round(furthest * i / steps) for i in range(-steps, steps + 1)}
-        return sorted({min(max(count, 0), units - 1) for count in around})
+        around = (removed + round(furthest * i / steps) for i in range(-steps, steps + 1))
+        return sorted({*self._snapped(around, units, least=0), removed})
+
+    def _snapped(self, counts: Iterable[float], units: int, least: int) -> list[int]:
+        """The counts removed, rounded so that what is left is a multiple, or half of one; `least` is the smallest."""
+        step = 1
+        while 2 * step <= (self.multiple_of or 1) and 8 * step <= units:
+            step *= 2
+        left = {min(round((units - count) / step) * step or max(step // 2, 1), units) for count in counts}
+        return sorted({units - width for width in left if least <= units - width < units})
 
     def choose(self, tables: Mapping[str, Sequence[Level]], amount: float) -> dict[str, int]:
         """Units to remove by group, saving at least this amount; the most that the tables hold if they hold less.
 
-        A group may also stay whole, at no loss, unless its table was measured in context.
+        A group may also stay whole, at no loss, unless its table was measured in context. Between two widths of a table
+        savings are taken to be linear.
         """
         most = sum(max((level.saved for level in levels), default=0.0) for levels in tables.values())
         wanted = min(amount, most)
-
-        options = {
-            name: levels if any(level.in_context for level in levels) else [Level(0, 0.0, 0.0), *levels]
-            for name, levels in tables.items()
-        }
+        options = _options(tables)
 
         def at(price: float) -> dict[str, Level]:
             return {
@@ -183,6 +194,22 @@ class MeasuredLoss:
             else:
                 high = middle
         return _between(at(low), at(high), wanted)
+
+    def choose_levels(self, tables: Mapping[str, Sequence[Level]], amount: float) -> dict[str, int]:
+        """As `choose`, but only widths of the tables, for savings that jump: the knapsack in whole numbers."""
+        options = _options(tables)
+        picked = choose_options(
+            [[(level.loss**self.power, level.saved) for level in levels] for levels in options.values()], amount
+        )
+        return {name: levels[i].removed for (name, levels), i in zip(options.items(), picked)}
+
+
+def _options(tables: Mapping[str, Sequence[Level]]) -> dict[str, Sequence[Level]]:
+    """The tables, with staying whole as a further option where they were not measured in context."""
+    return {
+        name: levels if any(level.in_context for level in levels) else [Level(0, 0.0, 0.0), *levels]
+        for name, levels in tables.items()
+    }
 
 
 def _between(below: Mapping[str, Level], above: Mapping[str, Level], wanted: float) -> dict[str, int]:

@@ -93,6 +93,12 @@ def instruction_set() -> str:
     return torch.backends.cpu.get_cpu_capability()
 
 
+def vector_floats() -> int:
+    """How many 32-bit floats a vector register of this processor holds."""
+    found = instructions()
+    return 16 if "avx512f" in found else 8 if "avx2" in found else 4
+
+
 def has_int8_dot_product() -> bool:
     """Whether the processor adds 8-bit products in 32 bits; without it u8·s8 saturates 16 bits, and weights take 7."""
     found = instructions()

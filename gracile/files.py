@@ -48,6 +48,15 @@ def write_json(path: str | Path, data: Any) -> None:
     write_bytes(path, (json.dumps(data, indent=1, sort_keys=True) + "\n").encode())
 
 
+def cache_directory() -> Path:
+    """Where measurements that can be made again are kept, for this user and machine.
+
+    $XDG_CACHE_HOME/gracile, else %LOCALAPPDATA%\\gracile on Windows, else ~/.cache/gracile. Not created here.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA" if os.name == "nt" else "", "")
+    return (Path(base) if base else Path.home() / ".cache") / "gracile"
+
+
 def write_directory(path: str | Path, fill: Callable[[Path], None]) -> None:
     """Make a directory atomically: `fill` writes into a temporary one, which then takes the place of `path`.
 

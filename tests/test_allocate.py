@@ -147,7 +147,39 @@ def test_widths_are_equal_steps_and_leave_a_unit(levels: int, units: int, expect
     assert MeasuredLoss(levels=levels).counts(units) == expected
 
 
-@pytest.mark.parametrize("settings", [{"power": 0}, {"power": 3}, {"levels": 1}, {"examples": 0}], ids=str)
+@pytest.mark.parametrize(
+    ("multiple_of", "units", "left"),
+    [
+        (8, 64, [56, 48, 40, 32, 24, 16, 8, 4]),
+        (16, 64, [48, 32, 16, 8]),
+        (8, 32, [24, 16, 8, 4]),
+        (16, 16, [12, 8, 4, 2]),
+        (8, 12, [10, 8, 6, 4, 2, 1]),
+        (8, 3, [2, 1]),
+    ],
+)
+def test_widths_are_multiples_that_a_group_holds_four_times_and_half_of_one(
+    multiple_of: int, units: int, left: list[int]
+) -> None:
+    allocation = MeasuredLoss(multiple_of=multiple_of)
+    assert [units - count for count in allocation.counts(units)] == left
+    around = [units - count for count in allocation.counts_around(units, units - left[0], 1.0)]
+    assert left[0] in around and set(around) <= {units, *left}
+
+
+def test_jumps_in_what_is_saved_are_met_by_whole_widths_only() -> None:
+    rows = {"a": [Level(4, 1.0, 10.0), Level(8, 3.0, 20.0)], "b": [Level(4, 2.0, 15.0)]}
+    allocation = MeasuredLoss(power=1.0)
+    assert allocation.choose_levels(rows, 12.0) == {"a": 0, "b": 4}
+    assert allocation.choose_levels(rows, 22.0) == {"a": 4, "b": 4}
+    assert allocation.choose_levels(rows, 30.0) == {"a": 8, "b": 4}
+    context = {"a": [Level(4, 1.0, 10.0, in_context=True)], "b": rows["b"]}
+    assert allocation.choose_levels(context, 0.0) == {"a": 4, "b": 0}
+
+
+@pytest.mark.parametrize(
+    "settings", [{"power": 0}, {"power": 3}, {"levels": 1}, {"examples": 0}, {"multiple_of": 0}], ids=str
+)
 def test_impossible_settings_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
         MeasuredLoss(**settings)  # type: ignore[arg-type]
@@ -160,6 +192,8 @@ def test_widths_around_the_present_one_stay_within_reach_and_within_the_group() 
     assert allocation.counts_around(32, 0, 1.0) == [0, 4, 8]
     assert allocation.counts_around(8, 7, 1.0) == [5, 6, 7]
     assert allocation.counts_around(3, 1, 0.1) == [0, 1, 2]
+    # The present one is no multiple: budgets that do not jump are met between widths.
+    assert MeasuredLoss(multiple_of=8).counts_around(32, 13, 1.0) == [8, 13, 16, 24]
 
 
 def test_in_context_staying_whole_is_an_option_only_where_it_was_measured() -> None:

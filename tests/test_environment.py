@@ -38,6 +38,7 @@ def test_instruction_sets_are_read_from_the_flags(
     monkeypatch.setattr(environment.platform, "machine", lambda: "aarch64" if "asimd" in flags else "x86_64")
     assert environment.instruction_set() == expected
     assert environment.has_int8_dot_product() is dot_product
+    assert environment.vector_floats() == (16 if "avx512f" in flags else 8 if "avx2" in flags else 4)
     assert environment.cpu_model() == "Some CPU"
     warned = any(finding.name == "int8" and finding.state == "warning" for finding in environment.doctor())
     assert warned is not dot_product

@@ -104,6 +104,54 @@ def measure_latency(
     }
 
 
+@dataclass(frozen=True)
+class Relative:
+    """One call's time as a share of another's.
+
+    share: median over rounds of its time divided by the other's in the same round. error: standard error of that.
+    reference_ms: the other's median. rounds: how many.
+    """
+
+    share: float
+    error: float
+    reference_ms: float
+    rounds: int
+
+
+def measure_relative(
+    reference: Callable[[], Any],
+    candidate: Callable[[], Any],
+    *,
+    seconds: float = 0.4,
+    longest: float = 4.0,
+    within: float = 0.004,
+    seed: int = 0,
+) -> Relative:
+    """How long `candidate` takes as a share of `reference`, both timed in turn round by round.
+
+    seconds: measured at least, and then until the standard error is below `within`, or for `longest` seconds; five
+        rounds are always made.
+    """
+    ours: list[float] = []
+    theirs: list[float] = []
+    start = time.perf_counter()
+    while True:
+        found = measure_latency(
+            {"reference": reference, "candidate": candidate},
+            seconds=seconds,
+            warmup=0 if ours else 1,
+            seed=seed + len(ours),
+        )
+        theirs += found["reference"].times_ms
+        ours += found["candidate"].times_ms
+        shares = np.array(ours) / np.array(theirs)
+        # Of a median: from the quartiles, since a round that something disturbed must not count.
+        low, high = np.percentile(shares, (25, 75))
+        error = float(1.253 * (high - low) / 1.349 / np.sqrt(len(shares)))
+        if error <= within or time.perf_counter() - start >= longest:
+            return Relative(float(np.median(shares)), error, float(np.median(theirs)), len(shares))
+
+
 def _summary(first: NDArray[Any], times: NDArray[Any], seed: int, **stated: Any) -> Latency:
     """Percentiles of `times`, and their ratio to `first`, resampled by rounds."""
     picks = np.random.default_rng(seed).integers(0, len(times), (RESAMPLES, len(times)))

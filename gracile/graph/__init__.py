@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gracile.graph.blocks import Block, find_blocks
 from gracile.graph.check import CutCheck, check_cut
-from gracile.graph.groups import Group, Member
+from gracile.graph.groups import Group, Member, tied_sets
 from gracile.graph.plan import cut_macs, plan_resize
 from gracile.graph.trace import LayerInfo, Trace, trace
 
@@ -19,5 +19,6 @@ __all__ = [
     "cut_macs",
     "find_blocks",
     "plan_resize",
+    "tied_sets",
     "trace",
 ]

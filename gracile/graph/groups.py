@@ -54,6 +54,14 @@ class Group:
     multiple_of: int = 1
 
 
+def tied_sets(groups: Iterable[Group]) -> dict[str, list[Group]]:
+    """The groups by what must keep one number of units, each set by the least of its names; an untied one is alone."""
+    sets: dict[str, list[Group]] = {}
+    for group in groups:
+        sets.setdefault(group.tied_count or f"\0{group.name}", []).append(group)
+    return {min(group.name for group in members): members for members in sets.values()}
+
+
 def settle(recorder: Recorder, solver: Solver) -> dict[Atom, str]:
     """Freeze what could not be cut without breaking the forward; gives the count that the free atoms share, by key."""
     used = {state[0] for event in recorder.events for state in event.reads}

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from torch import nn
 
 from gracile.context import Context
 from gracile.data import Batch
 from gracile.errors import ConfigError
-from gracile.evaluate.latency import measure_latency
 from gracile.evaluate.size import state_bytes
 from gracile.goal import Budget, Bytes, Latency, MACs, Parameters
 from gracile.graph import Trace, cut_macs, plan_resize, trace
 from gracile.sharing import share_parameters
+from gracile.steps.timing import Timer
 from gracile.surgery import apply
 
 Keep = dict[str, list[int]]
 BISECTIONS = 20  # of a fraction in [0, 1]: finer than one unit of any layer met in practice
-LATENCY_BISECTIONS = 5  # each exports and times a candidate; widths in steps of 1/32
+LATENCY_BISECTIONS = 6  # each exports and times a candidate; widths in steps of 1/64
 
 
 def meet_budget(
@@ -31,14 +29,15 @@ def meet_budget(
     context: Context,
     batch: Batch,
     largest: float = 0.99,
+    timer: Timer | None = None,
 ) -> Keep:
     """The units kept by the smallest fraction removed, by bisection, whose cost is within the budget.
 
-    at: fraction of units removed -> units kept. largest: the largest fraction that `at` takes.
+    at: fraction of units removed -> units kept. largest: the largest fraction that `at` takes. timer: for latency.
     Raises ConfigError naming the nearest cost that can be reached.
     """
-    cost = _cost(budget, model, traced, context, batch)
-    original = cost({})
+    cost = _cost(budget, model, traced, context, batch, timer)
+    original = cost({}) if timer is None else timer.whole_ms
     limit = budget.limit(original)
     low, high = 0.0, largest
     if original <= limit:
@@ -59,30 +58,31 @@ def meet_budget(
 
 
 def _cost(
-    budget: Budget, model: nn.Module, traced: Trace, context: Context, batch: Batch
+    budget: Budget, model: nn.Module, traced: Trace, context: Context, batch: Batch, timer: Timer | None
 ) -> Callable[[Mapping[str, Sequence[int]]], float]:
     if isinstance(budget, MACs):
         return lambda keep: float(cut_macs(traced, keep))
-    return lambda keep: cost_of(budget, _cut(model, traced, keep), context, batch)
+    return lambda keep: cost_of(budget, _cut(model, traced, keep), context, batch, timer)
 
 
-def cost_of(budget: Budget, model: nn.Module, context: Context, batch: Batch) -> float:
-    """What the model costs, in the budget's unit: MACs of an example, parameters, bytes, or milliseconds of a batch."""
+def cost_of(budget: Budget, model: nn.Module, context: Context, batch: Batch, timer: Timer | None = None) -> float:
+    """What the model costs, in the budget's unit: MACs of an example, parameters, bytes, or milliseconds of a batch.
+
+    timer: for latency, which is measured relative to its model's, so that a slower minute changes nothing.
+    """
     if isinstance(budget, MACs):
         return float(trace(model, lambda net: context.data.forward(net, batch)).macs)
     if isinstance(budget, Bytes):
         return float(state_bytes(model))
     if isinstance(budget, Parameters):
         return float(sum(p.numel() for p in model.parameters()))
-    assert isinstance(budget, Latency)
-    target, feed = budget.target or context.target, context.data.feed
-    if target is None:
-        raise ConfigError(f"Prune(to={budget}): no target to measure on.\n  Pass Latency(0.5, target=OnnxRuntime()).")
-    with tempfile.TemporaryDirectory() as folder:
-        runner = target.load(target.export(model, batch, Path(folder) / "model", feed=feed))
-        fed = feed(batch) if feed is not None else batch
-        measured = measure_latency({"candidate": lambda: runner(fed)}, seconds=1.0)
-    return measured["candidate"].p50_ms
+    assert isinstance(budget, Latency) and timer is not None
+    return timer.relative(model) * timer.whole_ms
+
+
+def whole_cost(budget: Budget, model: nn.Module, context: Context, batch: Batch, timer: Timer | None) -> float:
+    """What the model costs before anything is cut; its timer has measured its latency already."""
+    return timer.whole_ms if timer is not None else cost_of(budget, model, context, batch)
 
 
 def _cut(model: nn.Module, traced: Trace, keep: Mapping[str, Sequence[int]]) -> nn.Module:

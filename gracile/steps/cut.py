@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from gracile.errors import ConfigError, NothingChangedError
-from gracile.graph import CutCheck, Trace, check_cut, plan_resize
+from gracile.graph import CutCheck, Trace, check_cut, plan_resize, tied_sets
 from gracile.recipe import Recorder
 from gracile.sharing import share_parameters
 from gracile.steps.budget import Keep
@@ -26,7 +26,8 @@ def cut_checked(
     NothingChangedError where none passes.
     """
     trials = _Trials(model, traced, keep, run)
-    sets = _tied_sets(traced, keep)
+    # Groups that must keep the same count are cut together or not at all.
+    sets = [tuple(g.name for g in members) for members in tied_sets(map(traced.group, keep)).values()]
     exact = [s for s in sets if all(traced.group(name).exact is None for name in s)]
     passed, check = trials.settle(exact, [])
     error = check.max_error if check is not None else None
@@ -112,11 +113,3 @@ class _Trials:
         if not check.finite:
             return check, "the cut model's outputs are not finite"
         return check, None
-
-
-def _tied_sets(traced: Trace, keep: Keep) -> list[tuple[str, ...]]:
-    """Groups that must keep the same count are cut together or not at all."""
-    sets: dict[str, list[str]] = {}
-    for name in keep:
-        sets.setdefault(traced.group(name).tied_count or f"\0{name}", []).append(name)
-    return [tuple(names) for names in sets.values()]

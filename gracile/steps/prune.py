@@ -14,7 +14,7 @@ from gracile.context import Context, derive_seed
 from gracile.criteria import Magnitude
 from gracile.data import Data
 from gracile.errors import ConfigError, DataError
-from gracile.goal import Budget
+from gracile.goal import Budget, Latency
 from gracile.graph import trace
 from gracile.layer_stats import GATE_STATS, GRADIENT_STATS
 from gracile.patterns import NM, Channels, Heads, Layers, Unstructured
@@ -28,6 +28,7 @@ from gracile.steps.prune_jointly import prune_jointly
 from gracile.steps.prune_layers import prune_layers
 from gracile.steps.prune_units import prune_units
 from gracile.steps.prune_weights import prune_weights
+from gracile.steps.timing import target_of
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Prune(Step):
         the residual blocks for `Layers`.
     below: remove what scores less than this; with `Magnitude`, weights with |w| < below, or units whose producing
         weights have a norm below it.
-    to: remove units until a budget is met: MACs, Parameters, Bytes or Latency.
+    to: remove units until a budget is met: MACs, Parameters, Bytes or Latency, that of the first calibration batch
+        on the target, measured in turn with the model as it was.
         Exactly one of `fraction`, `below` and `to` is given, or none with `NM(keep, of)`, whose amount is its name.
     criterion: (weight, stats) -> scores, or one of whole units (`UnitCriterion`); higher is kept.
     pattern: what is removed together. A tuple of `Channels` and `Heads`: units of each kind, to one amount; with
@@ -177,6 +179,9 @@ class Prune(Step):
                 f"Prune: the criterion {type(self.criterion).__name__} needs gradients, and there are no labelled data "
                 f"or no loss.\n  Pass Data(train=..., loss=gracile.losses.cross_entropy), or use Magnitude()."
             )
+
+        if isinstance(self.to, Latency):
+            target_of(self.to, context)
 
     def plan(self, model: nn.Module, data: Data, *, target: Any = None, seed: int = 0) -> StepRecord:
         """What `compress(model, self, data, seed=seed)` would cut, what it would leave and why, and what that saves.

@@ -21,10 +21,12 @@ from gracile.stats.collect import first_batch
 from gracile.stats.match import divergence
 from gracile.steps.block_order import BlockOrder, after_removal, repair_blocks
 from gracile.steps.blocks import removal_edits, select_blocks, skip_blocks
-from gracile.steps.budget import cost_of
+from gracile.steps.budget import cost_of, whole_cost
+from gracile.steps.latency_budget import record_latency
 from gracile.steps.prune_layers import record_blocks
 from gracile.steps.prune_units import prune_units
 from gracile.steps.tables import outputs_of
+from gracile.steps.timing import Timer, timer_for
 from gracile.surgery import Remove, apply
 
 if TYPE_CHECKING:
@@ -55,11 +57,21 @@ def prune_jointly(model: nn.Module, step: Prune, context: Context, recorder: Rec
     to what the budget leaves, with the step's criterion, allocation and repair, towards the model as it was. The copy
     with the least divergence on held-out calibration batches is what the model becomes. Ends once two more blocks have
     not made it less, or the blocks alone meet the budget: a cut of units for each number tried, at most three more than
-    the blocks removed in the end.
+    the blocks removed in the end. A budget of latency is one of the model as it was, and every copy is timed beside
+    that; tables of latency are measured in each copy, since what a width saves there depends on what else there is.
     """
-    assert step.to is not None
     batch = first_batch(context.data)
-    original = cost_of(step.to, model, context, batch)
+    with timer_for(step.to, model, context, batch) as timer:
+        _prune(model, step, context, recorder, batch, timer)
+        if timer is not None:
+            record_latency(model, timer, step, recorder)
+
+
+def _prune(
+    model: nn.Module, step: Prune, context: Context, recorder: Recorder, batch: Batch, timer: Timer | None
+) -> None:
+    assert step.to is not None
+    original = whole_cost(step.to, model, context, batch, timer)
     limit = step.to.limit(original)
     if original <= limit:
         raise ConfigError(f"Prune(to={step.to}): the model is within this budget already ({original:g}).")
@@ -73,7 +85,7 @@ def prune_jointly(model: nn.Module, step: Prune, context: Context, recorder: Rec
     except ConfigError as error:  # none can go, and the units still can
         blocks = []
         recorder.notes.append(f"No block was removed. {str(error).partition('  ')[2] or error}")
-    best = _least(model, blocks, batch, step, units, context, recorder)
+    best = _least(model, blocks, batch, step, units, context, recorder, timer)
     recorder.layers.extend(best.recorder.layers)
     recorder.notes.extend(best.recorder.notes)
     recorder.numbers.update(best.recorder.numbers)
@@ -96,6 +108,7 @@ def _least(
     units: Prune,
     context: Context,
     recorder: Recorder,
+    timer: Timer | None,
 ) -> Attempt:
     """The attempt with the least divergence of those made; raises ConfigError with the reasons where none succeeded."""
     order = BlockOrder(model, blocks, batch, step, context)
@@ -105,7 +118,7 @@ def _least(
     while True:
         within = False
         try:
-            attempt, within = _attempt(model, order, batch, units, context)
+            attempt, within = _attempt(model, order, batch, units, context, timer)
         except (ConfigError, NothingChangedError) as error:  # these units cannot meet what is left of the budget
             shown.append(f"{len(order.gone)}: {str(error).partition(chr(10))[0].rstrip('.')}")
         else:
@@ -125,7 +138,9 @@ def _least(
     return best
 
 
-def _attempt(model: nn.Module, order: BlockOrder, batch: Batch, units: Prune, context: Context) -> tuple[Attempt, bool]:
+def _attempt(
+    model: nn.Module, order: BlockOrder, batch: Batch, units: Prune, context: Context, timer: Timer | None
+) -> tuple[Attempt, bool]:
     """A copy without the blocks gone so far, cut to the budget; and whether it was within without a cut of units."""
     assert units.to is not None
     gone = list(order.gone)
@@ -135,12 +150,13 @@ def _attempt(model: nn.Module, order: BlockOrder, batch: Batch, units: Prune, co
     within = False
     if gone:
         skip_blocks(trial, gone)
-        reached = cost_of(units.to, trial, context, batch)
+        reached = cost_of(units.to, trial, context, batch, timer)
         within = reached <= units.to.limit(reached)
+        timer = timer.starting_from(reached / timer.whole_ms) if timer is not None else None
         repair_blocks(trial, model, gone, batch, units, context, recorder if within else Recorder(units))
         _, first, absorbed = after_removal(trial, model, gone, batch, context)
     if not within:
-        prune_units(trial, units, context, recorder, reference=model, first=first, absorbed=absorbed)
+        prune_units(trial, units, context, recorder, reference=model, first=first, absorbed=absorbed, timer=timer)
     loss = divergence(outputs_of(trial, context.data, order.held_out), order.expected)
     return Attempt(gone, dict(order.losses), trial, recorder, loss if math.isfinite(loss) else math.inf), within
 

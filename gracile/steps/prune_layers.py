@@ -17,7 +17,9 @@ from gracile.sharing import share_parameters
 from gracile.stats.collect import first_batch
 from gracile.steps.block_order import BlockOrder, repair_blocks
 from gracile.steps.blocks import removal_edits, select_blocks, skip_blocks
-from gracile.steps.budget import cost_of
+from gracile.steps.budget import cost_of, whole_cost
+from gracile.steps.latency_budget import record_latency
+from gracile.steps.timing import Timer, timer_for
 from gracile.surgery import Remove, apply
 
 if TYPE_CHECKING:
@@ -28,36 +30,45 @@ def prune_layers(model: nn.Module, step: Prune, context: Context, recorder: Reco
     """Leave out blocks one after another, each time the one that costs least, repair the rest, and record it all."""
     batch = first_batch(context.data)
     blocks = select_blocks(model, batch, step, context, recorder)
-    order = choose_blocks(model, blocks, batch, step, context, recorder)
-    if not order.gone:
-        raise NothingChangedError(
-            f"Prune: none of {len(blocks)} residual blocks was removed; without the cheapest the outputs diverge by "
-            f"{order.least:.3g}.\n  Raise the amount."
-        )
-    record_blocks(blocks, order.gone, order.losses, order.compared, recorder)
-    recorder.numbers["divergence"] = order.losses[order.gone[-1]]
-    reference = share_parameters(model)
-    edits = removal_edits(model, order.gone, batch, context)
-    skip_blocks(model, order.gone)
-    repair_blocks(model, reference, order.gone, batch, step, context, recorder)
-    apply(model, [edit for edit in edits if isinstance(edit, Remove)])
+    with timer_for(step.to, model, context, batch) as timer:
+        order = choose_blocks(model, blocks, batch, step, context, recorder, timer)
+        if not order.gone:
+            raise NothingChangedError(
+                f"Prune: none of {len(blocks)} residual blocks was removed; without the cheapest the outputs diverge "
+                f"by {order.least:.3g}.\n  Raise the amount."
+            )
+        record_blocks(blocks, order.gone, order.losses, order.compared, recorder)
+        recorder.numbers["divergence"] = order.losses[order.gone[-1]]
+        reference = share_parameters(model)
+        edits = removal_edits(model, order.gone, batch, context)
+        skip_blocks(model, order.gone)
+        repair_blocks(model, reference, order.gone, batch, step, context, recorder)
+        apply(model, [edit for edit in edits if isinstance(edit, Remove)])
+        if timer is not None:
+            record_latency(model, timer, step, recorder)
     recorder.edits.extend(edits)
 
 
 def choose_blocks(
-    model: nn.Module, blocks: Sequence[Block], batch: Batch, step: Prune, context: Context, recorder: Recorder
+    model: nn.Module,
+    blocks: Sequence[Block],
+    batch: Batch,
+    step: Prune,
+    context: Context,
+    recorder: Recorder,
+    timer: Timer | None = None,
 ) -> BlockOrder:
     """An order of blocks whose first ones, those in `gone`, are to be left out.
 
     Where comparisons after repair led to other blocks than those without, both sets are repaired and compared in the
-    end, unless a threshold decides how many go.
+    end, unless a threshold decides how many go. timer: of the model, for a budget of latency.
     """
     order = BlockOrder(model, blocks, batch, step, context)
-    _take(order, model, blocks, batch, step, context)
+    _take(order, model, blocks, batch, step, context, timer)
     if not order.strayed or step.below is not None:
         return order
     plain = BlockOrder(model, blocks, batch, step, context, repaired=False)
-    _take(plain, model, blocks, batch, step, context)
+    _take(plain, model, blocks, batch, step, context, timer)
     loss, loss_plain = order.loss_repaired(order.gone), order.loss_repaired(plain.gone)
     recorder.notes.append(
         f"All blocks chosen after repair leave a divergence of {loss:.3g} on held-out batches, all chosen without "
@@ -67,11 +78,17 @@ def choose_blocks(
 
 
 def _take(
-    order: BlockOrder, model: nn.Module, blocks: Sequence[Block], batch: Batch, step: Prune, context: Context
+    order: BlockOrder,
+    model: nn.Module,
+    blocks: Sequence[Block],
+    batch: Batch,
+    step: Prune,
+    context: Context,
+    timer: Timer | None,
 ) -> None:
     """Take blocks until the step's amount is reached."""
     wanted = round(step.fraction * len(blocks)) if step.fraction is not None else len(blocks)
-    reached = original = cost_of(step.to, model, context, batch) if step.to is not None else 0.0
+    reached = original = whole_cost(step.to, model, context, batch, timer) if step.to is not None else 0.0
     if step.to is not None and original <= step.to.limit(original):
         raise ConfigError(f"Prune(to={step.to}): the model is within this budget already ({original:g}).")
     while step.to is None or reached > step.to.limit(original):
@@ -87,7 +104,7 @@ def _take(
             return
         order.take(block)
         if step.to is not None:
-            reached = cost_of(step.to, order.trial, context, batch)
+            reached = cost_of(step.to, order.trial, context, batch, timer)
 
 
 def record_blocks(

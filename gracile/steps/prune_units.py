@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -24,11 +25,13 @@ from gracile.stats.collect import first_batch
 from gracile.steps.budget import meet_budget
 from gracile.steps.consumers import collect_consumers, readers
 from gracile.steps.cut import Keep, cut_checked
+from gracile.steps.latency_budget import LatencyBudget, prepare_latency, record_latency, with_vector_widths
 from gracile.steps.reallocate import reallocate
 from gracile.steps.repair import repair_units
 from gracile.steps.scores import score_weights
 from gracile.steps.sequence import choose_in_sequence
 from gracile.steps.tables import measure_tables
+from gracile.steps.timing import Timer, timer_for
 from gracile.steps.units import exchange_units, score_groups
 from gracile.steps.widths import keep_highest, share_out, weights_per_unit
 
@@ -49,12 +52,14 @@ def prune_units(
     reference: nn.Module | None = None,
     first: str | None = None,
     absorbed: Mapping[str, Sequence[str]] | None = None,
+    timer: Timer | None = None,
 ) -> None:
     """Cut the lowest-scored units of the selected groups, check the result, and correct statistics.
 
     reference: what the cut model is repaired towards; None: the model before the cut. Another one has all layers of the
         model, of the same shapes. first: a layer whose inputs differ from the reference's before any cut. absorbed:
-        layers that make up for blocks of the reference that the model lacks (`Refit`).
+        layers that make up for blocks of the reference that the model lacks (`Refit`). timer: for a budget of latency,
+        in place of one of this model; the latency in the end is then the caller's to record.
     """
     batch = first_batch(context.data)
 
@@ -68,17 +73,20 @@ def prune_units(
         consumers = collect_consumers(model, traced, groups, context)
     scores = score_units(model, groups, consumers, step, context, recorder)
     groups = [group for group in groups if group.name in scores]
-    keep = choose_units(model, traced, groups, scores, consumers, step, context, batch, recorder)
-    if not keep:
-        raise NothingChangedError(
-            f"Prune: no unit was removed from {len(groups)} groups; each keeps at least one, none scored low enough.\n"
-            f"  Raise the amount; `gracile inspect` shows the groups and their sizes."
+    with nullcontext(timer) if timer is not None else timer_for(step.to, model, context, batch) as timing:
+        keep = choose_units(model, traced, groups, scores, consumers, step, context, batch, recorder, timing)
+        if not keep:
+            raise NothingChangedError(
+                f"Prune: no unit was removed from {len(groups)} groups; each keeps at least one, none scored low "
+                f"enough.\n  Raise the amount; `gracile inspect` shows the groups and their sizes."
+            )
+        reference = reference or share_parameters(model)  # a cut makes new tensors
+        checked = list(itertools.islice(context.data.calibration_batches, CHECKED_BATCHES))
+        keep, edit = cut_checked(
+            model, traced, keep, lambda net: [context.data.forward(net, each) for each in checked], recorder
         )
-    reference = reference or share_parameters(model)  # a cut makes new tensors
-    checked = list(itertools.islice(context.data.calibration_batches, CHECKED_BATCHES))
-    keep, edit = cut_checked(
-        model, traced, keep, lambda net: [context.data.forward(net, each) for each in checked], recorder
-    )
+        if timer is None and timing is not None:
+            record_latency(model, timing, step, recorder)
     recorder.edits.append(edit)
     for group in groups:
         kept = len(keep.get(group.name, range(group.units)))
@@ -128,6 +136,7 @@ def select_groups(model: nn.Module, traced: Trace, step: Prune, context: Context
             recorder.skip(group.name, group.kind, "not all that reads it are linear or ungrouped convolution layers")
         else:
             chosen.append(group)
+    chosen = _without_partly_tied(chosen, traced, recorder)
     if not chosen:
         reasons = [f"{row.name}: {row.reason}" for row in recorder.layers[:5]]
         raise ConfigError(
@@ -135,6 +144,18 @@ def select_groups(model: nn.Module, traced: Trace, step: Prune, context: Context
             + ("\n  ".join([*reasons, *_other_kinds(traced, step)]) or _why_none(model))
         )
     return chosen
+
+
+def _without_partly_tied(chosen: list[Group], traced: Trace, recorder: Recorder) -> list[Group]:
+    """The groups but for those that must keep as many units as one that may be cut and is not among them."""
+    left = [g for g in traced.groups if g.frozen is None and g.tied_count is not None and g not in chosen]
+    whole = {g.tied_count: g.name for g in left}
+    for group in chosen:
+        if group.tied_count in whole:
+            recorder.skip(
+                group.name, group.kind, f"it keeps as many units as '{whole[group.tied_count]}', which is not cut"
+            )
+    return [group for group in chosen if group.tied_count not in whole]
 
 
 def _other_kinds(traced: Trace, step: Prune) -> list[str]:
@@ -181,27 +202,55 @@ def choose_units(
     context: Context,
     batch: Batch,
     recorder: Recorder,
+    timer: Timer | None = None,
 ) -> Keep:
     """Indices kept of each group that loses any: by threshold, by a share of all units, or to a budget.
 
     A criterion that reads inputs then chooses again which units make up these widths: with a repair, group after group
     behind the cuts before.
     """
-    in_sequence = step.repair is not None and scores_by_inputs(step.criterion)
     if isinstance(step.allocation, MeasuredLoss):
-        tables = measure_tables(model, traced, groups, scores, consumers, step.allocation, context)
-        keep = share_out(tables, step.allocation, model, traced, groups, scores, step, context, batch)
-        if keep and in_sequence:
-            return reallocate(keep, tables, scores, model, traced, groups, step, context, batch, recorder)
-    elif step.below is not None:
+        return _by_measured_loss(model, traced, groups, scores, consumers, step, context, batch, recorder, timer)
+    in_sequence = step.repair is not None and scores_by_inputs(step.criterion)
+    if step.below is not None:
         removed = {name: int((s < step.below).sum()) for name, s in scores.items()}
         keep = keep_highest(groups, scores, {n: min(r, scores[n].numel() - 1) for n, r in removed.items()}, step)
     else:
-        keep = _by_function(model, traced, groups, scores, step, context, batch)
+        keep = _by_function(model, traced, groups, scores, step, context, batch, timer)
     if keep and in_sequence:
         assert step.repair is not None
         return choose_in_sequence(model, traced, groups, keep, step.criterion, step.repair, context).keep
     return keep if step.below is not None else exchange_units(keep, consumers, step.criterion)
+
+
+def _by_measured_loss(
+    model: nn.Module,
+    traced: Trace,
+    groups: list[Group],
+    scores: dict[str, Tensor],
+    consumers: Mapping[str, list[Consumer]],
+    step: Prune,
+    context: Context,
+    batch: Batch,
+    recorder: Recorder,
+    timer: Timer | None,
+) -> Keep:
+    """Widths by tables of losses, against multiply-accumulates or against tables of latency; and the units of them."""
+    assert isinstance(step.allocation, MeasuredLoss)
+    latency: LatencyBudget | None = None
+    if timer is not None:
+        step = with_vector_widths(step)
+        latency = prepare_latency(model, traced, groups, step, context, batch, timer, recorder)
+    assert isinstance(step.allocation, MeasuredLoss)
+    tables = measure_tables(model, traced, groups, scores, consumers, step.allocation, context)
+    keep = share_out(tables, step.allocation, model, traced, groups, scores, step, context, batch, None, latency)
+    if keep and step.repair is not None and scores_by_inputs(step.criterion):
+        keep = reallocate(keep, tables, scores, model, traced, groups, step, context, batch, recorder, latency)
+    else:
+        keep = exchange_units(keep, consumers, step.criterion)
+    if latency is not None:
+        recorder.numbers["latency_predicted_ms"] = latency.predicted_ms(keep)
+    return keep
 
 
 def _by_function(
@@ -212,6 +261,7 @@ def _by_function(
     step: Prune,
     context: Context,
     batch: Batch,
+    timer: Timer | None,
 ) -> Keep:
     """Widths by an allocation that looks at the scores alone."""
     allocation: Any = step.allocation or GlobalRank()
@@ -224,7 +274,7 @@ def _by_function(
 
     if step.to is not None:
         largest = min(0.99, getattr(allocation, "max_fraction", 1.0))
-        return meet_budget(step.to, model, traced, at, context, batch, largest)
+        return meet_budget(step.to, model, traced, at, context, batch, largest, timer)
     assert step.fraction is not None
     return at(step.fraction)
 

@@ -13,12 +13,13 @@ from gracile.allocate import Level, MeasuredLoss
 from gracile.context import Context
 from gracile.data import Batch
 from gracile.errors import ConfigError
-from gracile.graph import Group, Trace
+from gracile.graph import Group, Trace, tied_sets
 from gracile.modes import eval_mode
 from gracile.recipe import Recorder
 from gracile.stats.match import divergence, split_batches
 from gracile.steps.budget import Keep
 from gracile.steps.consumers import readers
+from gracile.steps.latency_budget import LatencyBudget
 from gracile.steps.sequence import Trial, choose_in_sequence, layers_in_order, targets_of
 from gracile.steps.tables import at_least, measure_around, outputs_of, some_batches
 from gracile.steps.widths import share_out
@@ -42,6 +43,7 @@ def reallocate(
     context: Context,
     batch: Batch,
     recorder: Recorder,
+    latency: LatencyBudget | None = None,
 ) -> Keep:
     """The units that stay of the trial nearest to the model: of several starts, then of the allocation's rounds.
 
@@ -69,7 +71,7 @@ def reallocate(
     least, best = attempt(keep)
     losses, tried = [least], [_widths(best.keep)]
     if allocation.rounds:
-        for keep in _starts(tables, scores, model, traced, groups, step, context, batch):
+        for keep in _starts(tables, scores, model, traced, groups, step, context, batch, latency):
             if _widths(keep) not in tried:
                 tried.append(_widths(keep))
                 loss, trial = attempt(keep)
@@ -77,13 +79,14 @@ def reallocate(
                 least, best = min((least, best), (loss, trial), key=lambda found: found[0])
     shrink, around, linear = 1.0, None, replace(allocation, power=1.0)
     for _ in range(allocation.rounds):
-        free = [group for group in groups if group.name in best.scores]
+        sets = {n: members for n, members in tied_sets(groups).items() if all(g.name in best.scores for g in members)}
+        free = [group for members in sets.values() for group in members]
         if around is None:
             with eval_mode(best.model):
                 around = measure_around(best, traced, free, allocation, shrink, references, batches, context)
-        near = {g.name: _within(around[g.name], best, g, allocation.reach * shrink) for g in free}
-        fixed = {name: kept for name, kept in best.keep.items() if name not in best.scores}
-        keep = share_out(near, linear, model, traced, groups, best.scores, step, context, batch, fixed)
+        near = {name: _within(around[name], best, sets[name][0], allocation.reach * shrink) for name in sets}
+        fixed = {name: kept for name, kept in best.keep.items() if name not in {g.name for g in free}}
+        keep = share_out(near, linear, model, traced, groups, best.scores, step, context, batch, fixed, latency)
         if _widths(keep) == _widths(best.keep):
             break
         loss, trial = attempt(keep)
@@ -109,15 +112,17 @@ def _starts(
     step: Prune,
     context: Context,
     batch: Batch,
+    latency: LatencyBudget | None,
 ) -> Iterator[Keep]:
     """Widths by each power, of all groups and of those that one layer alone reads: residual streams stay whole."""
     assert isinstance(step.allocation, MeasuredLoss)
-    inner = {g.name: tables[g.name] for g in groups if len(readers(model, g)) == 1}
+    sets = tied_sets(groups)
+    inner = {name: tables[name] for name in sets if all(len(readers(model, g)) == 1 for g in sets[name])}
     for power in (step.allocation.power, *step.allocation.starts):
         for some in (tables, inner):
             with contextlib.suppress(ConfigError):  # the amount cannot be met by these groups alone
                 allocation = replace(step.allocation, power=power)
-                yield share_out(some, allocation, model, traced, groups, scores, step, context, batch)
+                yield share_out(some, allocation, model, traced, groups, scores, step, context, batch, None, latency)
 
 
 def _within(levels: list[Level], trial: Trial, group: Group, reach: float) -> list[Level]:

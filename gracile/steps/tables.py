@@ -15,7 +15,7 @@ from gracile.context import Context
 from gracile.criteria import Consumer
 from gracile.data import Batch, Data, batch_size, logits_of
 from gracile.errors import DataError
-from gracile.graph import Group, Trace, cut_macs
+from gracile.graph import Group, Trace, cut_macs, tied_sets
 from gracile.modes import eval_mode
 from gracile.solvers import LeastSquares, Moments
 from gracile.stats.match import divergence, split_batches
@@ -34,6 +34,7 @@ def measure_tables(
 ) -> dict[str, list[Level]]:
     """Group -> a Level for each width, lowest scores removed first; what is saved are multiply-accumulates.
 
+    Groups that must keep one number of units lose as many each, and have one table, by the name that `tied_sets` gives.
     Nothing is cut: the columns that read the units are set to zero and the others refitted in closed form, on the
     inputs of the uncut model, which is what the cut would compute.
     """
@@ -45,21 +46,22 @@ def measure_tables(
     full = cut_macs(traced, {})
     tables: dict[str, list[Level]] = {}
     reads = {group.name: [consumer.layer for consumer in consumers[group.name]] for group in groups}
-    for done, (group, first) in enumerate(_in_order(groups, reads, traced)):
+    sets = _in_order(groups, reads, traced)
+    for done, (name, members, first) in enumerate(sets):
         replay.seek(first)
-        order = torch.argsort(scores[group.name], stable=True)
-        tables[group.name] = []
-        for count in allocation.counts(group.units):
-            kept = order[count:].sort().values
-            undo = [_refit(trial, consumer, kept, norms) for consumer in consumers[group.name]]
+        orders = {group.name: torch.argsort(scores[group.name], stable=True) for group in members}
+        layers = _by_layer(members, consumers)
+        tables[name] = []
+        for count in allocation.counts(members[0].units):
+            undo = [_refit(trial, [(c, orders[n][:count]) for n, c in found], norms) for found in layers]
             loss = divergence(_outputs(replay), references)
             with torch.no_grad():
                 for tensor, value in [pair for part in undo for pair in part]:
                     tensor.copy_(value)
-            _check_finite(loss, count, group)
-            saved = full - cut_macs(traced, {group.name: kept.tolist()})
-            tables[group.name].append(Level(count, loss, float(saved)))
-        context.progress("loss tables", done + 1, len(groups))
+            _check_finite(loss, count, members[0])
+            saved = full - cut_macs(traced, {n: order[count:].sort().values.tolist() for n, order in orders.items()})
+            tables[name].append(Level(count, loss, float(saved)))
+        context.progress("loss tables", done + 1, len(sets))
     return tables
 
 
@@ -75,35 +77,55 @@ def measure_around(
 ) -> dict[str, list[Level]]:
     """Group -> a Level for each width near the present one, the other groups being as the trial has them.
 
-    Only the layers that read a group are refitted to its other widths; references: outputs of the original.
+    Only the layers that read a group are refitted to its other widths; references: outputs of the original. Groups of
+    one number of units are moved together, as in `measure_tables`.
     """
     replay = Replay(trial.model, context.data, batches)
     tables: dict[str, list[Level]] = {}
-    for done, (group, first) in enumerate(_in_order(groups, trial.reads, traced)):
+    sets = _in_order(groups, trial.reads, traced)
+    for done, (name, members, first) in enumerate(sets):
         replay.seek(first)
-        kept = trial.keep.get(group.name, list(range(group.units)))
-        best = trial.scores[group.name].argsort(descending=True, stable=True).tolist()
-        whole = cut_macs(traced, {**trial.keep, group.name: list(range(group.units))})
-        tables[group.name] = []
-        for count in allocation.counts_around(group.units, group.units - len(kept), shrink):
-            width = group.units - count
-            keep = {**trial.keep, group.name: kept if width == len(kept) else sorted(best[:width])}
-            for layer in trial.reads[group.name]:
+        units, tables[name] = members[0].units, []
+        present = {g.name: trial.keep.get(g.name, list(range(units))) for g in members}
+        best = {g.name: trial.scores[g.name].argsort(descending=True, stable=True).tolist() for g in members}
+        layers = list(dict.fromkeys(layer for g in members for layer in trial.reads[g.name]))
+        whole = cut_macs(traced, {**trial.keep, **{g.name: list(range(units)) for g in members}})
+        for count in allocation.counts_around(units, units - len(present[name]), shrink):
+            width = units - count
+            moved = present if width == len(present[name]) else {n: sorted(order[:width]) for n, order in best.items()}
+            keep = {**trial.keep, **moved}
+            for layer in layers:
                 trial.solve(layer, keep)
             loss = divergence(_outputs(replay), list(references))
-            _check_finite(loss, count, group)
-            tables[group.name].append(Level(count, loss, float(whole - cut_macs(traced, keep)), in_context=True))
-        for layer in trial.reads[group.name]:
+            _check_finite(loss, count, members[0])
+            tables[name].append(Level(count, loss, float(whole - cut_macs(traced, keep)), in_context=True))
+        for layer in layers:
             trial.solve(layer, trial.keep)
-        context.progress("loss tables", done + 1, len(groups))
+        context.progress("loss tables", done + 1, len(sets))
     return tables
 
 
-def _in_order(groups: Sequence[Group], reads: Mapping[str, Iterable[str]], traced: Trace) -> list[tuple[Group, str]]:
-    """Groups with the first layer that reads each, in the order in which the forward calls these."""
+def _in_order(
+    groups: Sequence[Group], reads: Mapping[str, Iterable[str]], traced: Trace
+) -> list[tuple[str, list[Group], str]]:
+    """Tied sets of groups with the first layer that reads each, in the order in which the forward calls these."""
     place = {layer.name: i for i, layer in enumerate(traced.layers)}
-    firsts = [(group, min(reads[group.name], key=place.__getitem__)) for group in groups]
-    return sorted(firsts, key=lambda pair: place[pair[1]])
+    sets = [
+        (name, members, min((layer for g in members for layer in reads[g.name]), key=place.__getitem__))
+        for name, members in tied_sets(groups).items()
+    ]
+    return sorted(sets, key=lambda found: place[found[2]])
+
+
+def _by_layer(
+    members: Sequence[Group], consumers: Mapping[str, Sequence[Consumer]]
+) -> list[list[tuple[str, Consumer]]]:
+    """For each layer that reads any of these groups, the groups that it reads and how."""
+    found: dict[str, list[tuple[str, Consumer]]] = {}
+    for group in members:
+        for consumer in consumers[group.name]:
+            found.setdefault(consumer.layer, []).append((group.name, consumer))
+    return list(found.values())
 
 
 @torch.no_grad()
@@ -120,13 +142,20 @@ def _check_finite(loss: float, count: int, group: Group) -> None:
 
 
 @torch.no_grad()
-def _refit(model: nn.Module, consumer: Consumer, kept: Tensor, norms: Mapping[str, str]) -> list[tuple[Tensor, Tensor]]:
-    """Set a reader to its least-squares weight on the columns of the units kept; returns tensors with old values."""
+def _refit(
+    model: nn.Module, reads: Sequence[tuple[Consumer, Tensor]], norms: Mapping[str, str]
+) -> list[tuple[Tensor, Tensor]]:
+    """Set a layer to its least-squares weight without some columns; returns tensors with old values.
+
+    reads: the layer as a reader of each group, and the units removed of that.
+    """
+    consumer = reads[0][0]
     layer: Any = model.get_submodule(consumer.layer)
     weight, gram, mean = (t.double().cpu() for t in (consumer.weight, consumer.gram, consumer.mean))
-    read = torch.zeros(weight.shape[1], dtype=torch.bool)
-    read[consumer.columns.flatten()] = True
-    left = torch.cat([(~read).nonzero().squeeze(1), consumer.columns[kept].flatten()])
+    stays = torch.ones(weight.shape[1], dtype=torch.bool)
+    for each, gone in reads:
+        stays[each.columns[gone].flatten()] = False
+    left = stays.nonzero().squeeze(1)
     moments = Moments(gram, weight @ gram, mean, weight @ mean).keep(left)
     solved, _ = LeastSquares()(weight[:, left], moments, centre=False)
     refitted = torch.zeros_like(weight)

@@ -15,8 +15,9 @@ from gracile.context import Context
 from gracile.data import Batch
 from gracile.errors import ConfigError
 from gracile.goal import Bytes, Parameters
-from gracile.graph import Group, Trace
+from gracile.graph import Group, Trace, tied_sets
 from gracile.steps.budget import Keep, meet_budget
+from gracile.steps.latency_budget import LatencyBudget
 
 if TYPE_CHECKING:
     from gracile.steps.prune import Prune
@@ -33,21 +34,32 @@ def share_out(
     context: Context,
     batch: Batch,
     fixed: Mapping[str, list[int]] | None = None,
+    latency: LatencyBudget | None = None,
 ) -> Keep:
     """Indices kept of each group that loses any: the widths of the tables that just meet the step's amount.
 
     Groups without a table stay whole, or as they are in `fixed`. Levels save multiply-accumulates; where the budget is
-    of parameters or bytes, weights are counted instead, and where the amount is a share of the units, units.
+    of parameters or bytes, weights are counted instead, where the amount is a share of the units, units, and of the
+    latency, what the budget's own tables say. Groups that must keep one number of units have one table (`tied_sets`).
     """
-
     fixed = fixed or {}
-    free = [group for group in groups if group.name in tables]
+    sets = {name: members for name, members in tied_sets(groups).items() if name in tables}
+    free = [group for members in sets.values() for group in members]
+
+    def keeping(removed: dict[str, int]) -> Keep:
+        each = {g.name: removed[name] for name, members in sets.items() if name in removed for g in members}
+        return {**fixed, **keep_highest(free, scores, each, step)}
 
     def saving(amount: float) -> Keep:
-        return {**fixed, **keep_highest(free, scores, allocation.choose(tables, amount), step)}
+        return keeping(allocation.choose(tables, amount))
 
+    if latency is not None:
+        exact = {
+            n: [level for level in tables[n] if _is_count(members, level.removed, step)] for n, members in sets.items()
+        }
+        return latency.meet(exact, allocation, keeping)
     if isinstance(step.to, (Parameters, Bytes)):
-        each = {group.name: weights_per_unit(model, group) for group in free}
+        each = {name: sum(weights_per_unit(model, group) for group in members) for name, members in sets.items()}
         tables = {
             n: [replace(level, saved=level.removed * each[n]) for level in levels] for n, levels in tables.items()
         }
@@ -56,10 +68,10 @@ def share_out(
     if step.to is not None:
         return meet_budget(step.to, model, traced, lambda f: saving(f * traced.macs), context, batch)
     assert step.fraction is not None
-    tables = {name: [replace(level, saved=level.removed) for level in levels] for name, levels in tables.items()}
+    tables = {n: [replace(level, saved=level.removed * len(sets[n])) for level in tables[n]] for n in sets}
     gone = sum(g.units - len(fixed[g.name]) for g in groups if g.name in fixed)
     wanted = step.fraction * sum(g.units for g in groups) - gone
-    most = sum(max(level.removed for level in levels) for levels in tables.values())
+    most = sum(max(level.saved for level in levels) for levels in tables.values())
     if most < math.floor(wanted):
         raise ConfigError(f"Prune: {len(free)} groups cannot lose {wanted:.0f} units; the most they can is {most}.")
     return saving(wanted)
@@ -68,10 +80,7 @@ def share_out(
 def keep_highest(groups: list[Group], scores: Mapping[str, Tensor], removed: Mapping[str, int], step: Prune) -> Keep:
     """The highest-scored units of each group, as many as `removed` leaves; equal counts for groups that must agree."""
     counts: dict[str, int] = {}
-    tied: dict[str, list[Group]] = {}
-    for group in groups:
-        tied.setdefault(group.tied_count or f"\0{group.name}", []).append(group)
-    for members in tied.values():
+    for members in tied_sets(groups).values():
         kept = sum(g.units - removed.get(g.name, 0) for g in members) / len(members)
         units = members[0].units
         multiple = getattr(step.pattern_of(members[0].kind), "multiple_of", 1)
@@ -82,6 +91,12 @@ def keep_highest(groups: list[Group], scores: Mapping[str, Tensor], removed: Map
             order = torch.argsort(scores[group.name], descending=True, stable=True)
             keep[group.name] = sorted(order[: counts[group.name]].tolist())
     return keep
+
+
+def _is_count(members: list[Group], removed: int, step: Prune) -> bool:
+    """Whether the pattern leaves the number of units as it is."""
+    multiple, units = getattr(step.pattern_of(members[0].kind), "multiple_of", 1), members[0].units
+    return _rounded(units - removed, units, multiple, members) == units - removed
 
 
 def _rounded(kept: float, units: int, multiple: int, members: list[Group]) -> int:

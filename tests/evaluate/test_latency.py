@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from gracile.environment import instruction_set
 from gracile.errors import ConfigError
-from gracile.evaluate.latency import measure_latency
+from gracile.evaluate import latency as module
+from gracile.evaluate.latency import measure_latency, measure_relative
 
 
 def sleeper(milliseconds: float) -> Callable[[], None]:
@@ -67,3 +69,43 @@ def test_impossible_settings_are_refused() -> None:
         measure_latency({"a": sleeper(0)}, rounds=0)
     with pytest.raises(ConfigError, match="positive"):
         measure_latency({"a": sleeper(0)}, seconds=0)
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, noise: list[float]) -> list[float]:
+    """Let measure_latency give five rounds a call: the machine is slower in each round, the candidate takes half.
+
+    noise: of the candidate's share, by call; the seconds that each call was given are returned.
+    """
+    calls: list[float] = []
+
+    def measure(runners: Any, *, seconds: float, warmup: int, seed: int) -> Any:
+        spread = noise[min(len(calls), len(noise) - 1)]
+        slow = [10.0 * (1 + i + 5 * len(calls)) for i in range(5)]
+        calls.append(seconds)
+        fast = [t * (0.5 + spread * (i - 2)) for i, t in enumerate(slow)]
+        times = {"reference": slow, "candidate": fast}
+        assert list(runners) == list(times) and warmup == (1 if len(calls) == 1 else 0)
+        return {name: type("Found", (), {"times_ms": tuple(times[name])}) for name in times}
+
+    monkeypatch.setattr(module, "measure_latency", measure)
+    return calls
+
+
+def test_a_relative_time_is_the_median_over_rounds_whatever_the_machine_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = scripted(monkeypatch, [0.0])
+    found = measure_relative(lambda: None, lambda: None, seconds=0.3)
+    assert (found.share, found.error, found.rounds, found.reference_ms) == (0.5, 0.0, 5, 30.0)
+    assert calls == [0.3]
+
+
+def test_a_relative_time_is_measured_until_it_is_certain_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = scripted(monkeypatch, [0.01, 0.0])
+    found = measure_relative(lambda: None, lambda: None, within=0.004)
+    # By hand: quartiles of ±0.01 around the median, so 1.253 · 0.02 / 1.349 / sqrt(5) = 0.0083, then no spread at all.
+    assert len(calls) == 2 and found.rounds == 10 and found.share == 0.5 and found.error <= 0.004
+
+
+def test_a_relative_time_that_stays_uncertain_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = scripted(monkeypatch, [0.05])
+    found = measure_relative(lambda: None, lambda: None, longest=0.0)
+    assert len(calls) == 1 and found.error == pytest.approx(1.253 * 0.1 / 1.349 / 5**0.5)

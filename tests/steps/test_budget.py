@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from clock import Clockwork, without_a_clock
 from torch import nn
 
 from gracile.context import Context
@@ -12,8 +13,7 @@ from gracile.data import Data
 from gracile.errors import ConfigError
 from gracile.goal import Bytes, Latency, MACs, Parameters
 from gracile.patterns import Channels
-from gracile.steps import Prune, budget
-from gracile.targets import PyTorch
+from gracile.steps import Prune
 
 
 def net() -> nn.Sequential:
@@ -94,32 +94,16 @@ def test_counts_are_multiples_where_asked_within_the_budget() -> None:
 
 def test_latency_is_measured_on_the_target_with_the_batch_as_it_is_fed(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock that goes by the width, the narrowest cut that is fast enough is found."""
-    seen: list[Any] = []
-
-    class Slow(PyTorch):
-        def export(self, model: Any, example: Any, path: Any, **settings: Any) -> Any:
-            self.__dict__["model"] = model
-            assert settings["feed"] is feed
-            return path
-
-        def load(self, path: Any) -> Any:
-            return lambda batch: seen.append(batch)
+    without_a_clock(monkeypatch)
 
     def feed(batch: Any) -> Any:
         return (batch["image"],)
 
-    def timed(runners: Any, seconds: float) -> Any:
-        runners["candidate"]()
-        width = target.__dict__["model"][2].out_channels
-        return {"candidate": type("Measured", (), {"p50_ms": float(width)})}
-
-    monkeypatch.setattr(budget, "measure_latency", timed)
-    target = Slow()
+    target = Clockwork(lambda model: model[2].out_channels)
     model = net()
     batch = {"image": torch.randn(2, 3, 6, 6), "labels": torch.zeros(2)}
     ctx = context(model, calibration=[batch], feed=feed)
     Prune(to=Latency(0.5, target=target), pattern=Channels(), correct=False)(model, ctx)
-    assert 8 <= model[2].out_channels <= 12  # five bisections: within 1/32 of all 40 units
-    assert all(isinstance(fed, tuple) and fed[0] is batch["image"] for fed in seen)
-    with pytest.raises(ConfigError, match="no target to measure on"):
-        Prune(to=Latency(0.5), pattern=Channels())(net(), context(net()))
+    assert 8 <= model[2].out_channels <= 12  # six bisections: within 1/64 of all 40 units
+    assert all(isinstance(fed, tuple) and fed[0] is batch["image"] for fed in target.fed)
+    assert all(given is feed for given in target.feeds)

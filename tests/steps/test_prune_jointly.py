@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from clock import Clockwork, without_a_clock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -186,3 +187,59 @@ def test_blocks_and_units_share_no_amount_but_a_budget(settings: Any) -> None:
         gc.Prune(pattern=(gc.Channels(), gc.Layers()), **settings)
     with pytest.raises(gc.ConfigError, match="no common amount but a budget"):
         gc.Prune(to=gc.MACs(0.5), pattern=(gc.Layers(), gc.Layers()))
+
+
+def begun_vectors(model: Any) -> float:
+    """1 ms, and for each block 1 and one more for every begun vector of 8 inner channels."""
+    return 1.0 + sum(1.0 - (-block.up.out_features // 8) for block in inner(model))
+
+
+def inner(model: Any) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, Perceptron)]
+
+
+ALLOCATIONS = [None, gc.allocate.MeasuredLoss(multiple_of=8, rounds=0, power=1.0), gc.allocate.MeasuredLoss(rounds=1)]
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS, ids=["GlobalRank", "MeasuredLoss", "rounds"])
+@pytest.mark.parametrize("ms", [False, True], ids=["share", "ms"])
+def test_a_budget_of_latency_is_one_of_the_model_as_it_was(
+    allocation: Any, ms: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_a_clock(monkeypatch)
+    target, model = Clockwork(begun_vectors), Net()
+    assert begun_vectors(model) == 36.0
+    settings: dict[str, Any] = {"allocation": allocation}
+    if isinstance(allocation, gc.allocate.MeasuredLoss) and allocation.rounds:
+        settings |= {"criterion": gc.criteria.OBS(), "repair": gc.solvers.LeastSquares()}
+    pattern = (gc.Channels(), gc.Layers(candidates=1))
+    budget = gc.Latency(18.0 if ms else 0.5, target=target, ms=ms)
+    result = gc.compress(model, gc.Prune(to=budget, pattern=pattern, exclude=("stem",), **settings), data())
+    record = result.report.steps[0]
+    assert record.numbers["blocks_removed"] > 0 and record.numbers["units_removed"] > 0
+    # Half of what is left without a block would be 14.5 ms at most.
+    assert 16.0 <= begun_vectors(result.model) <= 18.0
+    assert record.numbers["latency_before_ms"] == 36.0
+    assert record.numbers["latency_ms"] == pytest.approx(begun_vectors(result.model))
+    said = [note for note in record.notes if note.startswith("Latency of a batch")]
+    assert len(said) == 1 and "36 ms before" in said[0] and "18 ms allowed" in said[0]
+    if allocation is None:
+        assert "latency_predicted_ms" not in record.numbers
+    else:  # blocks share no layers, so that what the tables say adds up
+        assert record.numbers["latency_predicted_ms"] == pytest.approx(begun_vectors(result.model))
+    # The whole model is exported once, and each model without some blocks once before its units are cut.
+    uncut = [begun_vectors(net) for net in target.exported if all(b.up.out_features == 48 for b in inner(net))]
+    assert uncut == [36.0 - 7.0 * gone for gone in range(len(uncut))] and len(uncut) >= 3
+
+
+def test_blocks_alone_may_meet_a_budget_of_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_a_clock(monkeypatch)
+    step = gc.Prune(
+        to=gc.Latency(0.4, target=Clockwork(begun_vectors)),
+        pattern=(gc.Channels(), gc.Layers()),
+        exclude=("stem", "blocks.2.up"),
+    )
+    result = gc.compress(Net((0.01, 0.01, 0.01)), step, data())
+    numbers = result.report.steps[0].numbers
+    assert numbers["blocks_removed"] == 2 and "units_removed" not in numbers
+    assert (numbers["latency_before_ms"], numbers["latency_ms"]) == (22.0, pytest.approx(8.0))
