@@ -35,11 +35,11 @@ BATCH, JUDGED = 147, 512
 STREAM = ("conv1", "layer?.0.conv2", "layer?.0.downsample*")
 
 
-def variants() -> dict[str, dict[str, object]]:
+def variants(rounds: int) -> dict[str, dict[str, object]]:
     """Settings of Prune by name: the whole method, it without one part each, and the usual way."""
     whole = {
         "criterion": gc.criteria.OBS(),
-        "allocation": gc.allocate.MeasuredLoss(examples=JUDGED),
+        "allocation": gc.allocate.MeasuredLoss(examples=JUDGED, rounds=rounds),
         "repair": gc.solvers.LeastSquares(),
         "pattern": gc.Channels(),
     }
@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=[1.5, 2.0])
     parser.add_argument("--calibration", type=int, default=2058)
     parser.add_argument("--tune", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=8, help="of the allocation, at most")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     build, normalisation = MODELS[args.model]
@@ -86,7 +87,7 @@ def main() -> None:
     dense = trace(model, lambda net: net(test[:1])).macs
     print(json.dumps({"model": args.model, "dense": accuracy(model, test, answers), "macs": dense}), flush=True)
     for ratio in args.ratios:
-        for name, settings in variants().items():
+        for name, settings in variants(args.rounds).items():
             if name not in args.variants and "all" not in args.variants:
                 continue
             start = time.perf_counter()
