@@ -124,7 +124,7 @@ class MeasuredLoss:
     """
 
     power: float = 0.5
-    starts: tuple[float, ...] = (0.35, 0.75, 1.0)
+    starts: tuple[float, ...] = (0.75,)
     levels: int = 8
     examples: int = 512
     rounds: int = 3
