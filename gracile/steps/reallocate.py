@@ -86,7 +86,10 @@ def reallocate(
                 around = measure_around(best, traced, free, allocation, shrink, references, batches, context)
         near = {name: _within(around[name], best, sets[name][0], allocation.reach * shrink) for name in sets}
         fixed = {name: kept for name, kept in best.keep.items() if name not in {g.name for g in free}}
-        keep = share_out(near, linear, model, traced, groups, best.scores, step, context, batch, fixed, latency)
+        try:
+            keep = share_out(near, linear, model, traced, groups, best.scores, step, context, batch, fixed, latency)
+        except ConfigError:  # no other widths within reach meet the amount
+            break
         if _widths(keep) == _widths(best.keep):
             break
         loss, trial = attempt(keep)

@@ -61,3 +61,22 @@ def test_a_step_without_measured_widths_has_no_rounds() -> None:
     step = gc.Prune(0.4, pattern=gc.Channels(), criterion=OBS(), repair=gc.solvers.LeastSquares())
     record = gc.compress(Twin().eval(), step, data).report.steps[0]
     assert "allocation_loss" not in record.numbers
+
+
+def test_where_no_widths_within_reach_meet_the_amount_the_best_start_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latency does not add up, so that what the tables around a trial promise may not be measured."""
+    from gracile.steps import reallocate as module
+
+    given = []
+
+    def share_out(tables: object, *rest: object, **settings: object) -> object:
+        if any(level.in_context for levels in tables.values() for level in levels):  # type: ignore[attr-defined]
+            raise gc.errors.ConfigError("cannot be met")
+        given.append(original(tables, *rest, **settings))  # type: ignore[arg-type]
+        return given[-1]
+
+    original = module.share_out
+    monkeypatch.setattr(module, "share_out", share_out)
+    found = result(3, to=gc.MACs(0.6))
+    kept = {row.name: row.kept for row in found.report.steps[0].layers if row.action == "cut"}
+    assert kept in [{name: len(units) for name, units in keep.items()} for keep in given]
