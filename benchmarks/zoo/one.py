@@ -8,14 +8,17 @@ import warnings
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gracile
 from benchmarks.zoo.entry import Batch, CannotBuild, Entry
 from gracile.errors import GracileError
-from gracile.graph.recorder import tensors_in
+from gracile.graph.values import tensors_in
 
 FRACTION = 0.25
+#: A model counts where the input found makes at least this share of its parameters work.
+MOST = 0.5
 
 
 def examine(entry: Entry) -> dict[str, Any]:
@@ -52,7 +55,29 @@ def _built(entry: Entry) -> tuple[nn.Module, Batch]:
         raise CannotBuild(f"{type(error).__name__}: {first_line(error)}") from error
     if count(model) == 0:
         raise CannotBuild("it has no parameters")
+    used = share_used(model, batch)
+    if used < MOST:
+        raise CannotBuild(f"the input found uses {used:.0%} of its parameters")
     return model, batch
+
+
+def share_used(model: nn.Module, batch: Batch) -> float:
+    """How many of its parameters some operator reads in one forward, as a share: a part may wait for other inputs."""
+    with torch.no_grad(), _Reads() as reads:
+        call(model, batch)
+    return sum(p.numel() for p in model.parameters() if id(p) in reads.seen) / count(model)
+
+
+class _Reads(TorchDispatchMode):
+    """Notes every tensor that an operator is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        self.seen.update(id(tensor) for tensor in tensors_in([args, kwargs or {}]))
+        return func(*args, **(kwargs or {}))
 
 
 def prune(model: nn.Module, batch: Batch) -> dict[str, Any]:
@@ -62,17 +87,24 @@ def prune(model: nn.Module, batch: Batch) -> dict[str, Any]:
     record = result.report.steps[0]
     after = count(result.model)
     with torch.no_grad():
-        outputs = list(tensors_in(call(result.model, batch)))
+        before, outputs = (list(tensors_in(call(m, batch))) for m in (model, result.model))
     return {
         "outcome": "pruned",
         "parameters_after": after,
         "removed": round(1 - after / count(model), 4),
         "cut_error": record.numbers.get("cut_error"),
-        "finite": all(bool(torch.isfinite(t).all()) for t in outputs if t.is_floating_point()),
+        "finite": all(_finite_where_it_was(*pair) for pair in zip(before, outputs)),
         "proof": next((note for note in record.notes if "zeroed" in note), ""),
         "groups": sum(1 for r in record.layers if r.action == "cut"),
         "kept_whole": reasons(record.layers),
     }
+
+
+def _finite_where_it_was(before: Tensor, after: Tensor) -> bool:
+    """Whether the output is finite, or has its infinities where the original's are: masked scores are -∞."""
+    if after.isfinite().all():
+        return True
+    return after.shape == before.shape and bool((after.isfinite() | ~before.isfinite()).all())
 
 
 def reasons(rows: Any) -> dict[str, int]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.zoo.entry import Batch
 from benchmarks.zoo.one import FRACTION, call, count, first_line
-from gracile.graph.recorder import tensors_in
+from gracile.graph.values import tensors_in
 
 #: Projections into heads, by the names that attention modules give them.
 QUERIES = ("query", "q_proj", "q", "q_lin", "to_q", "wq", "qkv", "in_proj", "Wqkv", "query_key_value")

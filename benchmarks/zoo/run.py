@@ -50,24 +50,27 @@ def main() -> None:
     wanted, models = set(filter(None, args.only.split(","))), set(filter(None, args.models.split(",")))
     commit = present_commit()
     done = {(r["collection"], r["model"]): r for r in read(args.results)}
-    others = {row.get("commit") for row in done.values()} - {commit}
-    if others:
+    made = {row.get("commit") for row in done.values()}
+    if not args.no_peer:
+        made |= {row["torch_pruning"].get("commit") for row in done.values() if "torch_pruning" in row}
+    if others := made - {commit}:
         sys.exit(f"{args.results} holds rows of {others}, not of {commit}. Move it away, or check out theirs.")
     for collection, entries in collections().items():
         if wanted and collection not in wanted:
             continue
         for entry in entries():
-            key = {"collection": collection, "model": entry.name, "commit": commit}
+            key = {"collection": collection, "model": entry.name}
             if models and entry.name not in models:
                 continue
             row = done.get((collection, entry.name), {})
             if "outcome" not in row:
-                row = key | in_a_process("examine", entry, CPU_SECONDS)
+                row = key | {"commit": commit} | in_a_process("examine", entry, CPU_SECONDS)
                 write(args.results, row)
                 told = row.get("removed", row.get("reason", ""))
                 print(f"{collection}/{entry.name}: {row['outcome']} {told}", flush=True)
             if not args.no_peer and "torch_pruning" not in row and row["outcome"] != "not built":
-                write(args.results, key | {"torch_pruning": in_a_process("examine_peer", entry, PEER_CPU_SECONDS)})
+                peer = {"commit": commit} | in_a_process("examine_peer", entry, PEER_CPU_SECONDS)
+                write(args.results, key | {"torch_pruning": peer})
 
 
 def present_commit() -> str:

@@ -63,7 +63,9 @@ def passes(row: Row) -> bool:
 
 def _commits(rows: list[Row]) -> str:
     """Which commit of this repository made the rows."""
-    return f"All {len(rows)} rows are of commit {', '.join(sorted({row['commit'] for row in rows}))}.\n"
+    told = f"All {len(rows)} rows are of commit {', '.join(sorted({row['commit'] for row in rows}))}"
+    peers = sorted({row["torch_pruning"]["commit"] for row in rows if "torch_pruning" in row})
+    return f"{told}, those of Torch-Pruning of {', '.join(peers)}.\n" if peers else f"{told}.\n"
 
 
 def _totals(collection: str, rows: list[Row]) -> str:

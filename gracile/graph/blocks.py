@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gracile.graph.recorder import tensors_in
+from gracile.graph.values import tensors_in
 from gracile.modes import eval_mode
 
 #: Operators, by the names of their gradients, through which an input passes on to the output: sums aside, activations,

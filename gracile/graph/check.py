@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from gracile.data import first_line
 from gracile.graph.float64 import computing_in_float64
 from gracile.graph.plan import Keep, checked_groups
-from gracile.graph.recorder import tensors_in
 from gracile.graph.trace import Trace
+from gracile.graph.values import tensors_in
 from gracile.modes import unchanged
 
 #: Error of float64 arithmetic that a different order of summation may cause, relative to the largest output.

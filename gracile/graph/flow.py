@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from gracile.graph.recorder import Event
+from gracile.graph.values import Event
 
 State = tuple[int, int]
 #: Operators that pass values on unchanged.

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from gracile.graph.algebra import unify
 from gracile.graph.axes import COUNTS_STACKED, fresh
-from gracile.graph.recorder import NOWHERE, Recorder, Value
+from gracile.graph.recorder import Recorder
+from gracile.graph.values import NOWHERE, Value
 
 #: Functions of PyTorch that run stacked layers: (input, states, weights, biases?, layers, dropout, training, both
 #: directions?, batch first?). Of packed sequences they take the batch sizes second, and run as they are.

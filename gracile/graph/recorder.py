@@ -3,54 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gracile.graph.axes import Expr, freeze, fresh, mark_inexact, resolve, size
 from gracile.graph.integers import Constraint
+from gracile.graph.values import NOWHERE, Axis, Event, MacTerm, Value, storage_of, tensors_in
 
 logger = logging.getLogger(__name__)
-
-#: An axis of a parameter or buffer: its name and the axis.
-Axis = tuple[str, int]
-NOWHERE: frozenset[Axis] = frozenset()
-
-
-@dataclass
-class Value:
-    """What is known of a tensor.
-
-    dims: one expression per dimension.
-    sources: for each dimension, the parameter axes whose entries it holds; filled only while `is_weight`.
-    is_weight: made from parameters and constants alone, without data.
-    """
-
-    dims: list[Expr]
-    sources: list[frozenset[Axis]]
-    is_weight: bool = False
-
-
-@dataclass(frozen=True)
-class MacTerm:
-    """Multiply-accumulates of one operator: the product of the sizes of all factors in `volume`."""
-
-    layer: str
-    volume: Expr
-
-
-@dataclass(frozen=True)
-class Event:
-    """One operator run: its name, the innermost layer it ran in, and the tensor states that it read and made."""
-
-    op: str
-    layer: str | None
-    reads: tuple[tuple[int, int], ...]
-    makes: tuple[tuple[int, int], ...]
 
 
 class Unfollowed(Exception):
@@ -167,9 +131,9 @@ class Recorder(TorchDispatchMode):
 
     def _hold_data(self, written: Tensor) -> None:
         """Data were written to the tensor, so that whatever shares its memory is no longer made of weights alone."""
-        where = _storage(written)
+        where = storage_of(written)
         for tensor, value in self._values.values():
-            if value.is_weight and where is not None and _storage(tensor) == where:
+            if value.is_weight and where is not None and storage_of(tensor) == where:
                 value.is_weight = False
                 value.sources = [NOWHERE] * len(value.sources)
 
@@ -259,22 +223,6 @@ class Recorder(TorchDispatchMode):
                 logger.debug("rule of %s gave sizes %s for %s", call.name, sizes, tuple(output.shape))
                 call.freeze_all(f"the operator '{call.name}' is used in a form that has no rule")
                 return
-
-
-def _storage(tensor: Tensor) -> int | None:
-    """Identity of the tensor's memory; None for layouts that have none of their own."""
-    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
-
-
-def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """The tensors of nested tuples, lists and mappings."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, dict):
-        yield from tensors_in(list(tree.values()))
-    elif isinstance(tree, Iterable) and isinstance(tree, (tuple, list)):
-        for item in tree:
-            yield from tensors_in(item)
 
 
 def _bind(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

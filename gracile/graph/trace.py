@@ -18,9 +18,10 @@ from gracile.graph.flow import Flow
 from gracile.graph.groups import Group, build_groups, settle
 from gracile.graph.layerwise import Layerwise
 from gracile.graph.provenance import Provenance
-from gracile.graph.recorder import Axis, MacTerm, Recorder, tensors_in
+from gracile.graph.recorder import Recorder
 from gracile.graph.rules import rule_for
 from gracile.graph.solve import Solver
+from gracile.graph.values import Axis, MacTerm, tensors_in
 from gracile.modes import unchanged
 
 FROM_INPUT = "it comes from the model's input"

@@ -6,9 +6,10 @@ from torch import Tensor
 
 from gracile.graph.algebra import split_expr, unify
 from gracile.graph.axes import Expr, freeze, fresh, mark_inexact, mark_kind, size
-from gracile.graph.recorder import NOWHERE, Call, Rule, Unfollowed, Value
+from gracile.graph.recorder import Call, Rule, Unfollowed
 from gracile.graph.rules.base import broadcast, meet
 from gracile.graph.rules.contraction import BETWEEN_ACTIVATIONS
+from gracile.graph.values import NOWHERE, Value
 
 SCALED = "attention divides its scores by the square root of this size"
 

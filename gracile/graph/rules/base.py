@@ -8,7 +8,8 @@ from torch import Tensor
 
 from gracile.graph.algebra import unify
 from gracile.graph.axes import COUNTS_POSITIONS, Expr, fresh, is_fixed
-from gracile.graph.recorder import NOWHERE, Axis, Call, Value
+from gracile.graph.recorder import Call
+from gracile.graph.values import NOWHERE, Axis, Value
 
 
 def spatial(n: int) -> Expr:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from gracile.graph.axes import Expr, freeze, mark_aligned, mark_inexact, mark_kind
-from gracile.graph.recorder import Call, Rule, Unfollowed, Value
+from gracile.graph.recorder import Call, Rule, Unfollowed
 from gracile.graph.rules.base import broadcast, meet
+from gracile.graph.values import Value
 
 #: Rows of the operands of a grouped product start at multiples of this many bytes.
 ALIGNMENT = 16
@@ -132,6 +133,16 @@ def linear(call: Call) -> None:
     call.set(call.output, [*x.dims[:-1], out])
 
 
+def solve_triangular(call: Call) -> None:
+    """X in A·X = B, or in X·A = B: of B, the dimension that A mixes stays whole and the other passes."""
+    matrix, right = call.dims(call["self"]), call.dims(call["B"])
+    mixed = -2 if call["left"] else -1
+    for dim in (*matrix[-2:], right[mixed]):
+        freeze(dim, f"'{call.name}' mixes along it")
+    lead = [meet(*pair) for pair in zip(matrix[:-2], right[:-2])]
+    call.set(call.output, [*lead, *right[-2:]])
+
+
 RULES: dict[str, Rule] = {
     "mm": mm,
     "addmm": addmm,
@@ -142,4 +153,5 @@ RULES: dict[str, Rule] = {
     "mv": mv,
     "dot": dot,
     "linear": linear,
+    "linalg_solve_triangular": solve_triangular,
 }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from gracile.graph.axes import fresh
-from gracile.graph.recorder import NOWHERE, Call, Rule
+from gracile.graph.recorder import Call, Rule
 from gracile.graph.rules.base import follow
+from gracile.graph.values import NOWHERE
 
 
 def constant(call: Call) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from gracile.graph.axes import Expr, freeze, fresh
-from gracile.graph.recorder import NOWHERE, Call, Rule, Value
+from gracile.graph.recorder import Call, Rule
 from gracile.graph.rules.base import broadcast, follow, meet, wrap
+from gracile.graph.values import NOWHERE, Value
 
 VOCABULARY = "it is the vocabulary of an embedding"
 INDEXED = "its entries are picked by index"

@@ -20,8 +20,9 @@ from gracile.graph.axes import (
     resolve,
     size,
 )
-from gracile.graph.recorder import NOWHERE, Axis, Call, Rule, Unfollowed, Value
+from gracile.graph.recorder import Call, Rule, Unfollowed
 from gracile.graph.rules.base import spatial, wrap
+from gracile.graph.values import NOWHERE, Axis, Value
 
 UNALIGNED = "a reshape mixes it with other axes"
 

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from gracile.graph.algebra import split_expr, unify
 from gracile.graph.axes import COUNTS_GROUPS, Expr, freeze, fresh, mark_inexact
-from gracile.graph.recorder import Call, Rule, Unfollowed, Value
+from gracile.graph.recorder import Call, Rule, Unfollowed
+from gracile.graph.values import Value
 
 STANDARDISED = "a weight is standardised over it"
 

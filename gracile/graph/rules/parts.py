@@ -6,8 +6,9 @@ from torch import Tensor
 
 from gracile.graph.algebra import slice_expr, split_expr
 from gracile.graph.axes import COUNTS_STACKED, Expr, concatenate, freeze, fresh, frozen_reason, is_fixed, resolve, size
-from gracile.graph.recorder import NOWHERE, Axis, Call, Rule, Value
+from gracile.graph.recorder import Call, Rule
 from gracile.graph.rules.base import broadcast, free, wrap
+from gracile.graph.values import NOWHERE, Axis, Value
 
 
 def slice_(call: Call) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gracile.graph.recorder import Call, Rule, Value
+from gracile.graph.recorder import Call, Rule
 from gracile.graph.rules.base import broadcast, follow
+from gracile.graph.values import Value
 
 
 def pointwise(call: Call) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from gracile.graph.axes import Expr, freeze, mark_inexact
-from gracile.graph.recorder import NOWHERE, Call, Rule
+from gracile.graph.recorder import Call, Rule
 from gracile.graph.rules.base import follow, spatial, wrap
+from gracile.graph.values import NOWHERE
 
 
 def _chosen(call: Call, ndim: int) -> set[int]:
