@@ -29,7 +29,7 @@ from gracile.recipe import Recipe, Step, only
 from gracile.report.model import Report
 from gracile.result import Result
 from gracile.select import Select
-from gracile.steps import Distill, Finetune, Prune, Quantize
+from gracile.steps import Distill, Finetune, Gradual, Iterative, Prune, Quantize
 from gracile.targets import OnnxRuntime, OpenVINO, PyTorch
 from gracile.version import __version__
 
@@ -51,10 +51,12 @@ __all__ = [
     "Goal",
     "GracileError",
     "Gradient",
+    "Gradual",
     "HardLabels",
     "Heads",
     "Hessian",
     "Int",
+    "Iterative",
     "Latency",
     "Layers",
     "MACs",

@@ -22,7 +22,7 @@ from gracile.evaluate.behaviour import behaviour
 from gracile.evaluate.quality import compare
 from gracile.goal import check_target
 from gracile.measure import Measured, Subject, measure
-from gracile.recipe import Step, leaves
+from gracile.recipe import Step
 from gracile.report.model import Report, StepRecord
 from gracile.report.plain import plain
 from gracile.result import Result
@@ -114,9 +114,15 @@ def run_steps(
         p.requires_grad_(False)
     work = share_parameters(model)  # of a model to be changed in place too: a step that fails must leave it whole
     context = Context(
-        data=data, original=original, teacher=teacher or original, seed=seed, target=target, on_progress=on_progress
+        data=data,
+        original=original,
+        teacher=teacher or original,
+        seed=seed,
+        run_seed=seed,
+        target=target,
+        on_progress=on_progress,
     )
-    todo = leaves(step)
+    todo = step.leaves()
     for planned in todo:
         planned.check(work, context)
     run = None

@@ -30,7 +30,8 @@ class Context:
     data: calibration, training and evaluation batches.
     original: the model as it was given, in eval mode and never changed: the reference of repairs and parity.
     teacher: the model to distil from; the original unless the user gave another.
-    seed: all randomness of a run derives from it through `generator`.
+    seed: all randomness of a step derives from it through `generator`.
+    run_seed: of what all steps of a run have in common, such as the examples held out; None: `seed`.
     select: which layers are to be touched; None: all (see gracile.select).
     target: the runtime the model is meant for, or None.
     directory: where a step may keep its own checkpoints, or None.
@@ -41,6 +42,7 @@ class Context:
     original: nn.Module
     teacher: nn.Module
     seed: int = 0
+    run_seed: int | None = None
     select: Any = None
     target: Any = None
     directory: Path | None = None
@@ -52,8 +54,13 @@ class Context:
             self.on_progress(Progress(phase, done, total, note))
 
     def generator(self, *purpose: int | str) -> torch.Generator:
-        """A random generator that depends on the run's seed and the purpose only."""
+        """A random generator that depends on the step's seed and the purpose only."""
         return torch.Generator().manual_seed(derive_seed(self.seed, *purpose))
+
+    def run_generator(self, *purpose: int | str) -> torch.Generator:
+        """A random generator that is the same for all steps of a run."""
+        seed = self.seed if self.run_seed is None else self.run_seed
+        return torch.Generator().manual_seed(derive_seed(seed, *purpose))
 
 
 def derive_seed(seed: int, *purpose: int | str) -> int:

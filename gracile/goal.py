@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 from gracile.errors import ConfigError
@@ -10,9 +10,14 @@ from gracile.errors import ConfigError
 
 @dataclass(frozen=True)
 class Budget:
-    """At most this much: a fraction of the original in (0, 1), or an absolute number in the class's unit above 1."""
+    """At most this much: a fraction of the original in (0, 1), or an absolute number in the class's unit above 1.
+
+    way: part of the way there, in (0, 1], by ratio: half of the way to a quarter of the original is half of it. 1: all.
+    """
 
     amount: float
+    _: KW_ONLY
+    way: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.amount, (int, float)) or isinstance(self.amount, bool) or not self.amount > 0:
@@ -20,10 +25,25 @@ class Budget:
                 f"{type(self).__name__}({self.amount!r}): expected a positive number, a fraction of the original "
                 f"below 1 or an absolute amount above 1."
             )
+        if not (isinstance(self.way, (int, float)) and 0 < self.way <= 1):
+            raise ConfigError(f"{type(self).__name__}(way={self.way!r}): expected a number above 0 and up to 1.")
+
+    @property
+    def is_fraction(self) -> bool:
+        """Whether the amount is a fraction of the original, not a number in the class's unit."""
+        return self.amount <= 1
 
     def limit(self, original: float) -> float:
         """The largest allowed amount, in the unit of `original`."""
-        return self.amount * original if self.amount <= 1 else float(self.amount)
+        whole = self.amount * original if self.is_fraction else float(self.amount)
+        return whole if self.way == 1 else original * (whole / original) ** self.way
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}({self.amount:g}){self._way}"
+
+    @property
+    def _way(self) -> str:
+        return "" if self.way == 1 else f", {self.way:.0%} of the way"
 
 
 @dataclass(frozen=True)
@@ -57,8 +77,14 @@ class Latency(Budget):
         if self.target is not None:
             check_target(self.target, "Latency(target=...)")
 
-    def limit(self, original: float) -> float:
-        return float(self.amount) if self.ms else self.amount * original
+    @property
+    def is_fraction(self) -> bool:
+        return not self.ms
+
+    def __str__(self) -> str:
+        unit = " ms" if self.ms else ""
+        where = f" on {self.target.name}" if self.target is not None else ""
+        return f"Latency({self.amount:g}{unit}){where}{self._way}"
 
 
 @dataclass(frozen=True, kw_only=True)

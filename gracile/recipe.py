@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from gracile.config import to_config
-from gracile.context import Context
+from gracile.context import Context, derive_seed
 from gracile.errors import ConfigError
 from gracile.report.model import LayerRow, StepRecord
 from gracile.select import Select
@@ -30,6 +30,10 @@ class Step(ABC):
     def check(self, model: nn.Module, context: Context) -> None:
         """Raise a GracileError if this step cannot do its work on this model with these data."""
         return None
+
+    def leaves(self) -> list[Step]:
+        """The steps that run one after another in its stead; each is kept when it is done. Itself, if it is one."""
+        return [self]
 
     @property
     def replaces_tensors(self) -> bool:
@@ -57,7 +61,8 @@ class Recipe(Step):
         for step in steps:
             if not isinstance(step, Step):
                 raise ConfigError(
-                    f"Recipe: {step!r} is not a step.\n  Steps are Prune, Quantize, Distill, Finetune, only."
+                    f"Recipe: {step!r} is not a step.\n"
+                    f"  Steps are Prune, Quantize, Distill, Finetune, Iterative, Gradual, only."
                 )
         object.__setattr__(self, "steps", tuple(steps))
 
@@ -66,7 +71,10 @@ class Recipe(Step):
             step.check(model, context)
 
     def __call__(self, model: nn.Module, context: Context) -> StepRecord:
-        return merge_records(to_config(self), self.title, [step(model, context) for step in self.steps])
+        return run_in_order(self, self.steps, model, context)
+
+    def leaves(self) -> list[Step]:
+        return [leaf for step in self.steps for leaf in step.leaves()]
 
     @property
     def title(self) -> str:
@@ -92,6 +100,9 @@ class Only(Step):
         record = self.step(model, self._context(context))
         return replace(record, step=to_config(self))
 
+    def leaves(self) -> list[Step]:
+        return [Only(self.patterns, leaf) for leaf in self.step.leaves()]
+
     @property
     def replaces_tensors(self) -> bool:
         return self.step.replaces_tensors
@@ -111,13 +122,15 @@ def only(pattern: str | Sequence[str], step: Step) -> Only:
     return Only(patterns, step)
 
 
-def leaves(step: Step) -> list[Step]:
-    """The steps that run one after another, with every `only` pushed down to them."""
-    if isinstance(step, Recipe):
-        return [leaf for child in step.steps for leaf in leaves(child)]
-    if isinstance(step, Only):
-        return [Only(step.patterns, leaf) for leaf in leaves(step.step)]
-    return [step]
+def run_in_order(whole: Step, steps: Sequence[Step], model: nn.Module, context: Context) -> StepRecord:
+    """The record of a step made of others, after each has changed the model in turn, with a seed of its own."""
+    run_seed = context.seed if context.run_seed is None else context.run_seed
+    records = []
+    for index, step in enumerate(steps):
+        directory = context.directory / f"{index}" if context.directory is not None else None
+        own = replace(context, seed=derive_seed(context.seed, index), run_seed=run_seed, directory=directory)
+        records.append(step(model, own))
+    return merge_records(to_config(whole), whole.title, records)
 
 
 def merge_records(step: dict[str, Any], title: str, records: Sequence[StepRecord]) -> StepRecord:

@@ -11,7 +11,7 @@ from torch import nn
 import gracile as gc
 from gracile.config import to_config
 from gracile.context import Context
-from gracile.recipe import Only, Recorder, Step, leaves, merge_records
+from gracile.recipe import Only, Recorder, Step, merge_records
 from gracile.report.model import StepRecord
 from gracile.select import Select
 from gracile.surgery import Swap
@@ -77,9 +77,9 @@ def test_a_recipe_is_a_step_that_runs_its_steps_in_order() -> None:
 def test_leaves_push_only_down_through_nested_recipes() -> None:
     a, b, c = Note("1"), Note("2"), Note("3")
     nested = gc.Recipe(a, gc.only("a", gc.Recipe(b, gc.only("a.0", gc.Recipe(c)))), gc.Recipe(a))
-    assert leaves(nested) == [a, Only(("a",), b), Only(("a",), Only(("a.0",), c)), a]
-    assert leaves(a) == [a]
-    whole, parts = nested(net(), context()), [leaf(net(), context()) for leaf in leaves(nested)]
+    assert nested.leaves() == [a, Only(("a",), b), Only(("a",), Only(("a.0",), c)), a]
+    assert a.leaves() == [a]
+    whole, parts = nested(net(), context()), [leaf(net(), context()) for leaf in nested.leaves()]
     assert whole.layers == merge_records({}, "", parts).layers
 
 

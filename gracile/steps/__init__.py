@@ -6,5 +6,6 @@ from gracile.steps.distill import Distill, Finetune
 from gracile.steps.optimizers import SGD, AdamW
 from gracile.steps.prune import Prune
 from gracile.steps.quantize import Quantize
+from gracile.steps.schedules import Gradual, Iterative
 
-__all__ = ["SGD", "AdamW", "Distill", "Finetune", "Prune", "Quantize"]
+__all__ = ["SGD", "AdamW", "Distill", "Finetune", "Gradual", "Iterative", "Prune", "Quantize"]

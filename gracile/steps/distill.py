@@ -28,8 +28,10 @@ class Distill(Step):
     epochs: passes over `data.train`. The best one on held-out training data is kept.
     label_weight: share of the true labels' loss, in [0, 1); above 0 it needs `data.loss`.
     optimizer: SGD(...) or AdamW(...). None: SGD for nets with two-dimensional batch norms, AdamW for others.
-    held_out: share of the training data set aside to choose the epoch.
+    held_out: share of the training data set aside to choose the epoch, the same in all trainings of a run.
     mixed_precision: run the forward passes in bfloat16 where torch deems it safe.
+    span: the part of the learning rate's schedule (warm-up, then cosine decay to zero) that these epochs go through;
+        (0, 1) is all of it. `Gradual` trains in parts.
 
     The teacher is the original model unless the run was given another; it runs in eval mode on the same batch, so both
     see the same augmented views. Source: Hinton et al. 2015, arXiv:1503.02531.
@@ -42,11 +44,12 @@ class Distill(Step):
     optimizer: SGD | AdamW | None = None
     held_out: float = 0.05
     mixed_precision: bool = False
+    span: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         if not isinstance(self.losses, tuple) or not self.losses or not all(callable(loss) for loss in self.losses):
             raise ConfigError(f"Distill(losses={self.losses!r}): expected a tuple of losses, e.g. (SoftLabels(),).")
-        _check_training(self, self.epochs, self.held_out, self.optimizer)
+        _check_training(self)
         if not 0 <= self.label_weight < 1:
             raise ConfigError(f"Distill(label_weight={self.label_weight!r}): expected a number in [0, 1).")
 
@@ -83,7 +86,7 @@ class Distill(Step):
         recorder = Recorder(self)
         data = context.data
         assert data.train is not None
-        split = split_training(data.train, self.held_out, context.generator("held out"))
+        split = split_training(data.train, self.held_out, context.run_generator("held out"))
         recorder.notes.append(split.note)
 
         def objective(net: nn.Module, batch: Batch) -> Tensor:
@@ -96,7 +99,7 @@ class Distill(Step):
                 loss = (1 - self.label_weight) * loss + self.label_weight * data.loss(outputs, batch)
             return loss
 
-        schedule = Schedule(self.epochs, self.optimizer or default_optimizer(model), self.mixed_precision)
+        schedule = _schedule(self, model)
         with eval_mode(context.teacher):
             train(model, objective, split, schedule, context, recorder)
         recorder.layers.append(LayerRow(name="(all)", kind=type(model).__name__, action="trained"))
@@ -107,7 +110,7 @@ class Distill(Step):
 class Finetune(Step):
     """Minimise `data.loss` over the training data: the true labels alone.
 
-    epochs, optimizer, held_out, mixed_precision: as in `Distill`.
+    epochs, optimizer, held_out, mixed_precision, span: as in `Distill`.
     """
 
     _: KW_ONLY
@@ -115,9 +118,10 @@ class Finetune(Step):
     optimizer: SGD | AdamW | None = None
     held_out: float = 0.05
     mixed_precision: bool = False
+    span: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        _check_training(self, self.epochs, self.held_out, self.optimizer)
+        _check_training(self)
 
     @property
     def title(self) -> str:
@@ -136,9 +140,9 @@ class Finetune(Step):
         data = context.data
         assert data.train is not None and data.loss is not None
         loss = data.loss
-        split = split_training(data.train, self.held_out, context.generator("held out"))
+        split = split_training(data.train, self.held_out, context.run_generator("held out"))
         recorder.notes.append(split.note)
-        schedule = Schedule(self.epochs, self.optimizer or default_optimizer(model), self.mixed_precision)
+        schedule = _schedule(self, model)
         train(model, lambda net, batch: loss(data.forward(net, batch), batch), split, schedule, context, recorder)
         recorder.layers.append(LayerRow(name="(all)", kind=type(model).__name__, action="trained"))
         return recorder.record()
@@ -149,14 +153,20 @@ def _answers(model: nn.Module, batch: Batch, context: Context) -> Tensor:
         return logits_of(context.data.forward(model, batch))
 
 
-def _check_training(step: Step, epochs: int, held_out: float, optimizer: SGD | AdamW | None) -> None:
+def _schedule(step: Distill | Finetune, model: nn.Module) -> Schedule:
+    return Schedule(step.epochs, step.optimizer or default_optimizer(model), step.mixed_precision, step.span)
+
+
+def _check_training(step: Distill | Finetune) -> None:
     name = type(step).__name__
-    if optimizer is not None and not isinstance(optimizer, (SGD, AdamW)):
+    if step.optimizer is not None and not isinstance(step.optimizer, (SGD, AdamW)):
         raise ConfigError(
-            f"{name}(optimizer={optimizer!r}): expected a setting, gracile.steps.SGD(learning_rate=0.02) or "
+            f"{name}(optimizer={step.optimizer!r}): expected a setting, gracile.steps.SGD(learning_rate=0.02) or "
             f"AdamW(learning_rate=5e-4)."
         )
-    if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
-        raise ConfigError(f"{name}(epochs={epochs!r}): expected a whole number of at least 1.")
-    if not 0 <= held_out < 1:
-        raise ConfigError(f"{name}(held_out={held_out!r}): expected a number in [0, 1).")
+    if not isinstance(step.epochs, int) or isinstance(step.epochs, bool) or step.epochs < 1:
+        raise ConfigError(f"{name}(epochs={step.epochs!r}): expected a whole number of at least 1.")
+    if not 0 <= step.held_out < 1:
+        raise ConfigError(f"{name}(held_out={step.held_out!r}): expected a number in [0, 1).")
+    if not (isinstance(step.span, tuple) and len(step.span) == 2 and 0 <= step.span[0] < step.span[1] <= 1):
+        raise ConfigError(f"{name}(span={step.span!r}): expected two numbers, 0 <= start < end <= 1.")

@@ -29,11 +29,27 @@ Objective = Callable[[nn.Module, Batch], Tensor]
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast: cosine decay to zero over `epochs`, after a linear warm-up of 5 % of the steps."""
+    """How long and how fast: cosine decay to zero over `epochs`, after a linear warm-up of 5 % of the steps.
+
+    span: the part of this that is gone through, from its start at 0 to its end at 1.
+    """
 
     epochs: int
     optimizer: SGD | AdamW
     mixed_precision: bool
+    span: tuple[float, float] = (0.0, 1.0)
+
+    def rate(self, done: float) -> float:
+        """The learning rate when this share of the epochs is done."""
+        start, end = self.span
+        progress = start + (end - start) * done
+        warm_up = 0.05
+        factor = (
+            progress / warm_up
+            if progress < warm_up
+            else (1 + math.cos(math.pi * (min(progress, 1.0) - warm_up) / (1 - warm_up))) / 2
+        )
+        return self.optimizer.learning_rate * max(factor, 1e-3)
 
 
 def train(
@@ -80,7 +96,8 @@ def _fit(
             model.train()
             done = split.batches * (epoch - 1)
             for i, batch in enumerate(split.train):
-                _set_rate(state.optimizer, schedule.optimizer.learning_rate, (done + i) / steps)
+                for group in state.optimizer.param_groups:
+                    group["lr"] = schedule.rate((done + i) / steps)
                 loss = _step(model, objective, batch, state.optimizer, schedule.mixed_precision)
                 zeros.restore()
                 context.progress("train", done + i + 1, steps, f"epoch {epoch}/{schedule.epochs}, loss {loss:.4f}")
@@ -133,17 +150,6 @@ def _validate(model: nn.Module, objective: Objective, batches: Iterable[Batch]) 
     if not count:
         return math.inf
     return total / count if math.isfinite(total) else math.nan
-
-
-def _set_rate(optimizer: torch.optim.Optimizer, peak: float, progress: float) -> None:
-    warm_up = 0.05
-    rate = (
-        progress / warm_up
-        if progress < warm_up
-        else (1 + math.cos(math.pi * (min(progress, 1.0) - warm_up) / (1 - warm_up))) / 2
-    )
-    for group in optimizer.param_groups:
-        group["lr"] = peak * max(rate, 1e-3)
 
 
 class _Zeros:

@@ -78,6 +78,14 @@ MEMBERS = [
     Member(gc.Quantize(gc.FixedPoint(factor=256)), keeps_floats=False),
     Member(gc.Distill(epochs=2, optimizer=AdamW(5e-3), held_out=0.25), random=True),
     Member(gc.Finetune(epochs=2, optimizer=AdamW(5e-3), held_out=0.25), random=True),
+    Member(gc.Iterative(gc.Prune(0.4), gc.Distill(optimizer=AdamW(5e-3), held_out=0.25), rounds=2), random=True),
+    Member(
+        gc.Gradual(
+            gc.Prune(0.4, pattern=gc.Channels()), gc.Distill(epochs=4, optimizer=AdamW(5e-3), held_out=0.25), rounds=2
+        ),
+        keeps_shapes=False,
+        random=True,
+    ),
 ]
 CASES = [(member, model) for member in MEMBERS for model in member.models]
 each_member = pytest.mark.parametrize("member", MEMBERS, ids=lambda m: m.step.title)
@@ -261,7 +269,8 @@ def test_gradients_turned_off_by_the_caller_change_nothing(member: Member, name:
 def test_the_same_step_under_only_leaves_other_layers_alone(member: Member, name: str) -> None:
     model = make(name)
     layer = {"perceptron": "fc2", "convolutional": "conv2", "transformer": "up"}[name]
-    if isinstance(member.step, (gc.Distill, gc.Finetune)) or (name == "transformer" and not member.keeps_shapes):
+    trains = isinstance(member.step, (gc.Distill, gc.Finetune, gc.Iterative, gc.Gradual))
+    if trains or (name == "transformer" and not member.keeps_shapes):
         pytest.skip("trains the whole model, or units tied to others")
     before = {n: v.clone() for n, v in model.state_dict().items()}
     step = gc.only(layer, dataclasses.replace(member.step, correct=False, **_shorter(member)))  # type: ignore[type-var]

@@ -135,7 +135,7 @@ def test_rows_and_edits_are_of_both_and_the_artifact_loads(tmp_path: Any) -> Non
     assert rows == {f"blocks.{i}": "removed" if i in (1, 3) else "kept" for i in range(5)}
     assert any(row.action == "cut" for row in record.layers)
     assert [type(edit) for edit in record.edits] == [Resize, Remove, Remove]
-    assert record.title == "Prune channels and layers to MACs(amount=0.5) by Magnitude"
+    assert record.title == "Prune channels and layers to MACs(0.5) by Magnitude"
     assert any(note.startswith("Divergence on held-out batches by the number of blocks") for note in record.notes)
     result.save(tmp_path / "model")
     loaded = gc.load(tmp_path / "model", Net()).eval()

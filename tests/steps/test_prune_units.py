@@ -195,7 +195,7 @@ def test_several_patterns_share_one_budget() -> None:
     assert small.model.attention.heads == rows["heads"][0] < 4
     macs = [trace(m, lambda net: net(torch.zeros(1, 5, 16))).macs for m in (small.model, model)]
     assert macs[0] <= 0.6 * macs[1]
-    assert step.title == "Prune channels and heads to MACs(amount=0.6) by OBS"
+    assert step.title == "Prune channels and heads to MACs(0.6) by OBS"
 
 
 @pytest.mark.parametrize("pattern", [(), (Channels(), Unstructured()), (Heads(), "channels")])

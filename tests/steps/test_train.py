@@ -20,7 +20,7 @@ from gracile.formats import Int, PerChannel
 from gracile.losses import cross_entropy
 from gracile.recipe import Recorder
 from gracile.steps import SGD, AdamW, Distill, Finetune, Quantize
-from gracile.steps.train import Schedule, _set_rate, train
+from gracile.steps.train import Schedule, train
 from gracile.steps.training_data import Split, split_training
 
 
@@ -279,12 +279,19 @@ def test_gradients_flow_even_where_the_caller_turned_them_off() -> None:
 
 
 def test_the_rate_warms_up_and_decays_along_a_cosine() -> None:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+    schedule = Schedule(3, SGD(2.0), False)
     expected = {0.0: 1e-3, 0.025: 0.5, 0.05: 1.0, 0.525: 0.5, 1.0: 1e-3, 1.2: 1e-3}
     for progress, rate in expected.items():
-        _set_rate(optimizer, 2.0, progress)
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(2 * rate)
+        assert schedule.rate(progress) == pytest.approx(2 * rate)
     assert math.isclose(0.525, (1 + 0.05) / 2)  # the middle of the decay
+
+
+def test_parts_of_a_schedule_have_the_rates_of_the_whole_one() -> None:
+    whole = Schedule(4, SGD(2.0), False)
+    parts = [Schedule(1, SGD(2.0), False, (0.0, 0.25)), Schedule(3, SGD(2.0), False, (0.25, 1.0))]
+    for step in range(8):  # two steps in an epoch
+        part, done = (parts[0], step / 2) if step < 2 else (parts[1], (step - 2) / 6)
+        assert part.rate(done) == pytest.approx(whole.rate(step / 8))
 
 
 def test_progress_counts_all_steps() -> None:
