@@ -29,24 +29,20 @@ if TYPE_CHECKING:
 
 #: The latency aimed at, and the lowest that is near enough, as shares of the budget.
 AIM, NEAR = 0.985, 0.95
-#: Corrections towards the budget, and further ones while it is still exceeded.
-CORRECTIONS, ATTEMPTS = 3, 8
+#: Cuts timed at most until one is near enough.
+ATTEMPTS = 10
 BISECTIONS = 20
 
 
 @dataclass
 class LatencyBudget:
-    """A budget, the tables that predict for it, and what measuring has taught about their predictions so far.
-
-    correction: what a cut saved by measurement, as a multiple of what the tables say.
-    """
+    """A budget, and the tables that predict for it."""
 
     budget: Latency
     timer: Timer
     table: LatencyTable
     model: nn.Module
     traced: Trace
-    correction: float = 1.0
     _macs: dict[tuple[str, int], int] = field(default_factory=dict)
     _measured: dict[tuple[tuple[str, int], ...], float] = field(default_factory=dict)
 
@@ -67,27 +63,25 @@ class LatencyBudget:
             raise ConfigError(
                 f"Prune(to={self.budget}): the model is within this budget already ({self.timer.whole_ms:.3g} ms)."
             )
-        best: tuple[float, Keep] | None = None
-        nearest = 1.0
+        aim = AIM * limit
         tried: list[Keep] = []
-        goal = AIM * limit
-        for attempt in range(ATTEMPTS):
-            keep = self._least(levels, allocation, keep_of, (1 - goal) / self.correction)
+        # By saving predicted: the most that is still too slow, and the least that is within the budget, as measured.
+        slow, fast, best = (0.0, 1.0), None, None
+        nearest, wanted = 1.0, 1 - aim
+        for _ in range(ATTEMPTS):
+            keep = self._least(levels, allocation, keep_of, wanted)
             if keep in tried:
-                if best is not None:
-                    break
-                goal -= 0.03 * limit  # the same widths again, too slow: ask for more
-                continue
-            tried.append(keep)
-            measured = self.measure(keep)
-            nearest = min(nearest, measured)
-            if measured <= limit and (best is None or measured > best[0]):
-                best = measured, keep
-            if best is not None and (attempt >= CORRECTIONS or best[0] >= NEAR * limit):
                 break
-            predicted = self.predict(keep)
-            if predicted > 0 and measured < 1:
-                self.correction = (1 - measured) / predicted
+            tried.append(keep)
+            predicted, measured = self.predict(keep), self.measure(keep)
+            nearest = min(nearest, measured)
+            if measured > limit:
+                slow = max(slow, (predicted, measured))
+            elif best is None or measured > best[0]:
+                fast, best = (predicted, measured), (measured, keep)
+            if best is not None and best[0] >= NEAR * limit:
+                break
+            wanted = _next_wanted(slow, fast, aim)
         if best is None:
             raise ConfigError(
                 f"Prune(to={self.budget}): cannot be met; the nearest that was reached by cutting is "
@@ -172,6 +166,20 @@ class LatencyBudget:
             keep = {g.name: list(range(g.units - removed)) for g in tied or [group]}
             self._macs[key] = cut_macs(self.traced, {}) - cut_macs(self.traced, keep)
         return self._macs[key]
+
+
+def _next_wanted(slow: tuple[float, float], fast: tuple[float, float] | None, aim: float) -> float:
+    """The saving to ask of the tables next, from what was predicted and measured: (saving, latency), shares both.
+
+    slow: the most that was too slow; fast: the least that was within the budget, or None as yet. Between the two in
+    proportion, but at least a tenth of the way from either; beyond `slow` as far as its prediction was wrong, and more.
+    """
+    if fast is None:
+        saved = 1 - slow[1]
+        factor = (1 - aim) / saved if saved > 0 else 2.0
+        return max(slow[0] * min(factor, 2.0), slow[0] + 0.03 * aim)
+    part = (slow[1] - aim) / (slow[1] - fast[1])
+    return slow[0] + min(max(part, 0.1), 0.9) * (fast[0] - slow[0])
 
 
 def with_vector_widths(step: Prune) -> Prune:

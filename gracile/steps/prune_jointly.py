@@ -163,4 +163,5 @@ def _attempt(
 
 def _absolute(budget: Budget, limit: float) -> Budget:
     """The same budget as a number of its unit: a share would be one of what is left without some blocks."""
-    return replace(budget, amount=limit, ms=True) if isinstance(budget, Latency) else replace(budget, amount=limit)
+    absolute = replace(budget, amount=limit, way=1.0)
+    return replace(absolute, ms=True) if isinstance(absolute, Latency) else absolute
