@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ from gracile.evaluate.behaviour import behaviour
 from gracile.evaluate.quality import compare
 from gracile.goal import check_target
 from gracile.measure import Measured, Subject, measure
+from gracile.pretrained import configured_sizes
 from gracile.recipe import Step
 from gracile.report.model import Report, StepRecord
 from gracile.report.plain import plain
 from gracile.result import Result
 from gracile.run_directory import RunDirectory, fingerprint_data, fingerprint_model
 from gracile.sharing import own_parameters, share_parameters
-from gracile.surgery import Edit, apply
+from gracile.stats.collect import first_batch
+from gracile.surgery import Edit, Swap, apply
 
 
 def compress(
@@ -149,6 +152,11 @@ def run_steps(
             run.finish_step(index, work, edits, records)
     context.progress("step", len(todo), len(todo))
     own_parameters(work, model)
+    if edits and not any(isinstance(edit, Swap) for edit in edits):
+        configured, notes = configured_sizes(work, partial(data.forward, batch=first_batch(data)))
+        apply(work, configured)
+        edits.extend(configured)
+        records[-1] = replace(records[-1], notes=(*records[-1].notes, *notes))
     if inplace:
         become(model, work, edits)
         work = model

@@ -179,7 +179,8 @@ def _cut(name: str, tensor: Tensor, axis: int, indices: tuple[int, ...]) -> Tens
 def _set_attribute(model: nn.Module, path: str, value: int | tuple[int, ...]) -> None:
     """Set an integer on the module, or on an object that a module holds, named by a dotted path.
 
-    Only integers, and tuples or lists of integers, that are there already: a journal can change nothing else.
+    Only integers, and tuples or lists of integers, that are there already, and in a configuration what is None: a
+    journal can change nothing else.
     """
     if "__" in path:
         raise ArtifactError(f"Resize: '{path}' is not an attribute that can be resized.")
@@ -192,6 +193,8 @@ def _set_attribute(model: nn.Module, path: str, value: int | tuple[int, ...]) ->
     except (AttributeError, ValueError, IndexError) as error:
         raise ArtifactError(f"Resize: the model ({type(model).__name__}) has no attribute '{path}'.") from error
     integers = old if isinstance(old, (list, tuple)) else (old,)
+    if old is None and not isinstance(owner, nn.Module):
+        integers = ()
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in integers):
         raise ArtifactError(f"Resize: '{path}' is not an integer, or a list of integers, and cannot be resized.")
     setattr(owner, attribute, list(value) if isinstance(old, list) and isinstance(value, tuple) else value)

@@ -18,7 +18,7 @@ LEVELS = [
     | {"version"},
     {"criteria", "losses", "formats", "ranges", "metrics", "solvers"},
     {"nn"},
-    {"stats", "graph", "patterns", "allocate", "knapsack", "equalize", "select"} | {"surgery"},
+    {"stats", "graph", "patterns", "allocate", "knapsack", "equalize", "select"} | {"surgery", "pretrained"},
     {"recipe", "compress", "artifact", "evaluate", "report"}
     | {"check", "inspection", "measure", "result", "run_directory"},
     {"steps", "targets", "inputs"},
