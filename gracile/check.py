@@ -126,12 +126,20 @@ def _check_role(model: nn.Module, data: Data, role: str) -> None:
 
 
 def _run(model: nn.Module, data: Data, batch: Batch, role: str) -> Any:
+    versions = {name: parameter._version for name, parameter in model.named_parameters()}
     try:
-        return call_model(model, batch, data.feed)
+        outputs = call_model(model, batch, data.feed)
     except GracileError:
         raise
     except Exception as error:
         raise DataError(does_not_run(model, batch, error, f"the first {role} batch")) from error
+    for name, parameter in model.named_parameters():
+        if parameter._version != versions.get(name, parameter._version):
+            raise ModelError(
+                f"The forward of {type(model).__name__} writes into its parameter '{name}': every call changes "
+                f"the model.\n  Hold what a forward changes in a buffer, or change it in training only."
+            )
+    return outputs
 
 
 def _check_finite(batch: Batch, role: str) -> None:

@@ -37,6 +37,15 @@ class Unstable(Net):
         return super().forward(x) / 0
 
 
+class Learning(Net):
+    """Writes into its weights whenever it is called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.fc.weight.mul_(0.99)
+        return super().forward(x)
+
+
 GOOD = Data(calibration=[X], train=[(X, Y)], evaluation=[(X, Y)], metric=metrics.accuracy, loss=cross_entropy)
 
 
@@ -75,6 +84,7 @@ MISTAKES: list[tuple[Any, Any, Any, type[GracileError], str]] = [
     (Net(), Data(calibration=["text"]), None, DataError, "A batch is a str"),
     (Net(), Data(calibration=[{"image": X}]), None, DataError, "none that Net.forward accepts"),
     (Net(), Data(calibration=[X], feed=lambda b: (b, b)), None, DataError, "does not run on the first calibration"),
+    (Learning(), Data(calibration=[X]), None, ModelError, "writes into its parameter 'fc.weight'"),
     (Unstable(), Data(calibration=[X]), None, ModelError, "answers NaN or infinity"),
     (Net(), Data(train=[X], loss=cross_entropy), None, DataError, "loss|labels"),
     (Net(), Data(train=[(X, Y + 5)], loss=cross_entropy), None, DataError, "."),
