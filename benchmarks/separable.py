@@ -54,14 +54,14 @@ def separable(file: Path = FILE) -> Separable:
 def train(epochs: int, seed: int) -> Separable:
     """SGD with one cycle of the learning rate."""
     torch.manual_seed(seed)
-    model = Separable().train()
+    model = Separable().train().to(memory_format=torch.channels_last)  # depthwise layers train faster so
     loader = augmented_loader(*cifar10("train20k"))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=epochs * len(loader))
     for epoch in range(epochs):
         start, losses = time.perf_counter(), list[Tensor]()
         for images, labels in loader:
-            loss = F.cross_entropy(model(images), labels)
+            loss = F.cross_entropy(model(images.contiguous(memory_format=torch.channels_last)), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -69,7 +69,7 @@ def train(epochs: int, seed: int) -> Separable:
             losses.append(loss.detach())
         seconds = time.perf_counter() - start
         print(json.dumps({"epoch": epoch, "loss": float(torch.stack(losses).mean()), "seconds": seconds}), flush=True)
-    return model.eval()
+    return model.eval().to(memory_format=torch.contiguous_format)
 
 
 def main() -> None:
