@@ -1,4 +1,4 @@
-"""Models in eval mode for a while, and models that a forward must not change."""
+"""Models in eval mode or laid out otherwise for a while, and models that a forward must not change."""
 
 from __future__ import annotations
 
@@ -22,6 +22,28 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def channels_last(*models: nn.Module) -> Iterator[None]:
+    """Lay the kernels of two-dimensional convolutions out channels-last, in which they compute faster; then as before.
+
+    On CPUs only, where that holds whatever the precision. Values are the same; sums round in another order.
+    """
+    kernels = [
+        (parameter, parameter.data)
+        for model in models
+        for parameter in model.parameters()
+        if parameter.ndim == 4 and parameter.device.type == "cpu" and parameter.is_contiguous()
+    ]
+    for parameter, data in kernels:
+        parameter.data = data.contiguous(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        for parameter, data in kernels:
+            same = torch.equal(parameter.data, data)
+            parameter.data = data if same else parameter.data.contiguous()
 
 
 @contextmanager

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from gracile.modes import eval_mode
+from gracile.modes import channels_last, eval_mode, unchanged
 
 
 def net() -> nn.Sequential:
@@ -32,3 +32,19 @@ def test_an_error_leaves_no_mode_changed() -> None:
     with pytest.raises(ZeroDivisionError), eval_mode(a):
         raise ZeroDivisionError
     assert modes(a) == before
+
+
+def test_kernels_are_channels_last_within_and_as_before_after() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1, bias=False), nn.Flatten(), nn.LazyLinear(2))
+    x = torch.randn(2, 3, 6, 6)
+    expected = model(x)
+    kernels = [model[0].weight, model[1].weight]
+    before = [kernel.data_ptr() for kernel in kernels]
+    with channels_last(model):
+        assert [kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels] == [True, True]
+        assert not kernels[0].is_contiguous()
+        torch.testing.assert_close(model(x), expected)
+        with torch.no_grad():
+            kernels[1].mul_(2)  # trained
+    assert all(kernel.is_contiguous() for kernel in kernels) and model[0].weight is kernels[0]
+    assert kernels[0].data_ptr() == before[0], "what was not written into is where it was, shared or not"

@@ -12,7 +12,7 @@ from gracile.context import Context
 from gracile.data import Batch, logits_of
 from gracile.errors import ConfigError, DataError
 from gracile.losses import SoftLabels
-from gracile.modes import eval_mode
+from gracile.modes import channels_last, eval_mode
 from gracile.recipe import Recorder, Step
 from gracile.report.model import LayerRow, StepRecord
 from gracile.steps.optimizers import SGD, AdamW, default_optimizer
@@ -100,7 +100,7 @@ class Distill(Step):
             return loss
 
         schedule = _schedule(self, model)
-        with eval_mode(context.teacher):
+        with eval_mode(context.teacher), channels_last(context.teacher):
             train(model, objective, split, schedule, context, recorder)
         recorder.layers.append(LayerRow(name="(all)", kind=type(model).__name__, action="trained"))
         return recorder.record()

@@ -18,6 +18,7 @@ from gracile.context import Context, derive_seed
 from gracile.data import Batch, batch_size, device_of
 from gracile.errors import DataError
 from gracile.files import write_bytes
+from gracile.modes import channels_last
 from gracile.nn import begin_training, end_training
 from gracile.recipe import Recorder
 from gracile.steps.optimizers import SGD, AdamW
@@ -87,6 +88,22 @@ def _fit(
         p.requires_grad_(True)
     state = _State(model, schedule.optimizer.build(trained), context.directory)
     state.resume()
+    with channels_last(model):
+        _epochs(model, objective, split, schedule, context, state, zeros)
+    best = state.restore_best()
+    zeros.restore()
+    _record(recorder, state.history, best)
+
+
+def _epochs(
+    model: nn.Module,
+    objective: Objective,
+    split: Split,
+    schedule: Schedule,
+    context: Context,
+    state: _State,
+    zeros: _Zeros,
+) -> None:
     if not state.history:
         state.finish_epoch(_validate(model, objective, split.validation))
     steps = split.batches * schedule.epochs
@@ -102,9 +119,6 @@ def _fit(
                 zeros.restore()
                 context.progress("train", done + i + 1, steps, f"epoch {epoch}/{schedule.epochs}, loss {loss:.4f}")
         state.finish_epoch(_validate(model, objective, split.validation))
-    best = state.restore_best()
-    zeros.restore()
-    _record(recorder, state.history, best)
 
 
 def _record(recorder: Recorder, history: list[float], best: int) -> None:
