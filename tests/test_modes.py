@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
-from gracile.modes import channels_last, eval_mode, unchanged
+from gracile.modes import channels_last, eval_mode
 
 
 def net() -> nn.Sequential:
