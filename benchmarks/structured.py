@@ -1,10 +1,11 @@
 """Channels cut in one shot, no labels and no training, by OBS with least-squares refit; what each part of it adds.
 
-    python -m benchmarks.structured woodfisher_resnet20 [--variants all] [--tune 3] [--calibration 2058] [--seed 0]
+    python -m benchmarks.structured woodfisher_resnet20 [--variants all] [--tune 3] [--cuts 1] [--seed 0]
 
 All images are of train20k; test5k only judges the result. The nets have memorised these images, so that what a cut does
 to them says little: the batches that the allocation is judged by, the first of every eight, hold others, flipped and
-shifted. --tune: epochs of distillation from the original on augmented train20k after the cut, labels unused.
+shifted. --tune: epochs of distillation from the original on augmented train20k after the cut, labels unused; with
+--cuts above 1 the cut is made in so many parts between the first half of these epochs.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ import gracile as gc
 from benchmarks.datasets import augment, augmented_loader, cifar10
 from benchmarks.models import accuracy, resnet20_akamaster, resnet20_projection, resnet32_akamaster
 from gracile.graph import trace
+from gracile.steps import SGD
 
 MODELS = {
     "woodfisher_resnet20": (resnet20_projection, "woodfisher"),
@@ -76,6 +77,9 @@ def main() -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=[1.5, 2.0])
     parser.add_argument("--calibration", type=int, default=2058)
     parser.add_argument("--tune", type=int, default=0)
+    parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--mixup", type=float, default=0.5)
+    parser.add_argument("--cuts", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=8, help="of the allocation, at most")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -91,17 +95,24 @@ def main() -> None:
             if name not in args.variants and "all" not in args.variants:
                 continue
             start = time.perf_counter()
-            steps: list[Any] = [gc.Prune(to=gc.MACs(1 / ratio), **settings)]
+            step: gc.Step = gc.Prune(to=gc.MACs(1 / ratio), **settings)
             if args.tune:
-                losses = (gc.losses.SoftLabels(temperature=3.0),)
-                steps.append(gc.Distill(losses=losses, epochs=args.tune, mixed_precision=True))
-            result = gc.compress(model, gc.Recipe(*steps), data, seed=args.seed)
+                distil = gc.Distill(
+                    losses=(gc.SoftLabels(temperature=3.0),),
+                    epochs=args.tune,
+                    mixup=args.mixup,
+                    optimizer=SGD(args.learning_rate),
+                    mixed_precision=True,
+                )
+                step = gc.Recipe(step, distil) if args.cuts == 1 else gc.Gradual(step, distil, rounds=args.cuts)
+            result = gc.compress(model, step, data, seed=args.seed)
             seconds = time.perf_counter() - start
             macs = trace(result.model, lambda net: net(test[:1])).macs
             row = {"ratio": dense / macs, "variant": name, "accuracy": accuracy(result.model, test, answers)}
             row["notes"] = [note for note in result.report.steps[0].notes if "round" in note]
             cut = {r.name: f"{r.kept}/{r.of}" for r in result.report.steps[0].layers if r.action == "cut"}
-            print(json.dumps(row | {"tuned": args.tune, "seconds": seconds, "kept": cut}), flush=True)
+            each = [round(step.seconds) for step in result.report.steps]
+            print(json.dumps(row | {"tuned": args.tune, "seconds": seconds, "each": each, "kept": cut}), flush=True)
 
 
 if __name__ == "__main__":

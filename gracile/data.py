@@ -171,14 +171,19 @@ def batch_size(batch: Batch) -> int:
     raise DataError(f"A {type(batch).__name__} batch holds no tensor with a batch dimension.")
 
 
-def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
-    """Examples start..stop of a batch: every tensor whose first dimension is the batch's is sliced."""
+def map_examples(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """The batch with every tensor that has an entry for each example, on its first axis, changed; the rest as it is."""
     size = batch_size(batch)
 
-    def cut(leaf: Any) -> Any:
-        return leaf[start:stop] if isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == size else leaf
+    def apply(leaf: Any) -> Any:
+        return change(leaf) if isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == size else leaf
 
-    return torch.utils._pytree.tree_map(cut, _plain(batch))
+    return torch.utils._pytree.tree_map(apply, _plain(batch))
+
+
+def slice_batch(batch: Batch, start: int, stop: int) -> Batch:
+    """Examples start..stop of a batch: every tensor whose first dimension is the batch's is sliced."""
+    return map_examples(batch, lambda tensor: tensor[start:stop])
 
 
 def logits_of(outputs: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""A held-out part of the training data, on which the best epoch is chosen."""
+"""A held-out part of the training data, on which the best epoch is chosen; and batches of mixed examples."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, Sampler, SequentialSampler, Subset
 
-from gracile.data import Batch
+from gracile.data import Batch, batch_size, map_examples
 from gracile.errors import DataError
 
 
@@ -53,6 +54,32 @@ def split_training(train: Iterable[Batch], fraction: float, generator: torch.Gen
         kept = [b for i, b in enumerate(batches) if i not in positions]
         return Split(_Shuffled(kept), [batches[i] for i in sorted(positions)], len(kept), note)
     return Split(_At(train, positions, False), _At(train, positions, True), count - held, note)
+
+
+def mix_examples(batch: Batch) -> Batch:
+    """λ x + (1 − λ) x_π: each example mixed with another of the batch, λ uniform in [0, 1] and one for the batch.
+
+    Every tensor of real numbers whose first axis is the batch is mixed by the same λ and permutation π, drawn from
+    torch's global random state; others stay as they are. Raises DataError where there is none, as with token ids.
+    Source: mixup with α = 1, Zhang et al. 2018, arXiv:1710.09412, here without labels.
+    """
+    weight, order = torch.rand(()).item(), torch.randperm(batch_size(batch))
+    mixed = 0
+
+    def mix(x: Tensor) -> Tensor:
+        nonlocal mixed
+        if not x.is_floating_point():
+            return x
+        mixed += 1
+        return x * weight + x[order.to(x.device)] * (1 - weight)
+
+    batch = map_examples(batch, mix)
+    if not mixed:
+        raise DataError(
+            "Examples cannot be mixed: the batch holds no tensor of real numbers with an entry for each.\n"
+            "  Leave mixup at 0 for token ids."
+        )
+    return batch
 
 
 def _held(count: int, fraction: float) -> int:

@@ -127,6 +127,8 @@ def test_a_teacher_of_other_classes_is_refused_with_both_shapes_and_modes_restor
         lambda: Distill(epochs=True),
         lambda: Distill(label_weight=1),
         lambda: Distill(label_weight=-0.1),
+        lambda: Distill(mixup=1.5),
+        lambda: Distill(mixup=0.5, label_weight=0.5),
         lambda: Distill(held_out=1),
         lambda: Finetune(epochs=-1),
         lambda: Finetune(held_out=-0.1),
@@ -135,6 +137,35 @@ def test_a_teacher_of_other_classes_is_refused_with_both_shapes_and_modes_restor
 def test_impossible_settings_are_refused(bad: Any) -> None:
     with pytest.raises(ConfigError):
         bad()
+
+
+def test_mixed_batches_are_the_same_for_student_and_teacher_and_only_trained_on() -> None:
+    seen: dict[str, list[torch.Tensor]] = {"student": [], "teacher": []}
+
+    class Seeing(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen[self.role].append(x.detach())  # type: ignore[index]
+            return super().forward(x)
+
+    student, teacher = Seeing(2, 3), Seeing(2, 3)
+    student.role, teacher.role = "student", "teacher"  # type: ignore[assignment]
+    x = torch.arange(16.0).reshape(8, 2)
+    step = Distill(epochs=40, mixup=0.5, held_out=0.5, optimizer=SGD(1e-3))
+    context = Context(Data(train=[x, -x]), student, teacher)
+    step.check(student, context)
+    for role in seen:
+        seen[role].clear()
+    step(student, context)
+    assert all(torch.equal(a, b) for a, b in zip(seen["student"][1:], seen["teacher"][1:]))
+    trained = [a for a in seen["student"] if not torch.equal(a, x) and not torch.equal(a, -x)]
+    assert 8 <= len(trained) <= 32, "about half of forty, within four standard deviations"
+
+
+def test_mixup_of_token_ids_is_refused_before_anything_is_changed() -> None:
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Flatten(), nn.Linear(6, 2))
+    data = Data(train=[torch.zeros(4, 2, dtype=torch.long)])
+    with pytest.raises(DataError, match="token ids"):
+        Distill(mixup=0.5).check(model, Context(data, model, model))
 
 
 def test_titles_are_for_people() -> None:

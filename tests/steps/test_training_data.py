@@ -19,7 +19,7 @@ from torch.utils.data import (
 )
 
 from gracile.errors import DataError
-from gracile.steps.training_data import Split, split_training
+from gracile.steps.training_data import Split, mix_examples, split_training
 
 
 def dataset(count: int = 40) -> TensorDataset:
@@ -148,3 +148,17 @@ def test_collation_and_worker_settings_are_the_loader_s() -> None:
 def test_no_data_are_refused(empty: Any) -> None:
     with pytest.raises(DataError, match="hold no"):
         split_training(empty, 0.1, generator())
+
+
+def test_examples_are_mixed_in_pairs_by_one_weight_and_whole_numbers_are_not() -> None:
+    x, ids = torch.arange(12.0).reshape(6, 2), torch.arange(6)
+    torch.manual_seed(3)
+    mixed = mix_examples({"x": x, "ids": ids, "scale": torch.tensor(2.0)})
+    torch.manual_seed(3)
+    weight, order = float(torch.rand(())), torch.randperm(6)
+    for i, row in enumerate(mixed["x"].tolist()):
+        other = int(order[i])
+        assert row == pytest.approx([weight * a + (1 - weight) * b for a, b in zip(x[i].tolist(), x[other].tolist())])
+    assert torch.equal(mixed["ids"], ids) and float(mixed["scale"]) == 2
+    with pytest.raises(DataError, match="token ids"):
+        mix_examples({"ids": ids})
