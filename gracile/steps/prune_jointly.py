@@ -19,12 +19,13 @@ from gracile.recipe import Recorder
 from gracile.sharing import own_parameters, share_parameters
 from gracile.stats.collect import first_batch
 from gracile.stats.match import divergence
-from gracile.steps.block_order import BlockOrder, after_removal, repair_blocks
+from gracile.steps.block_order import BlockOrder, repair_blocks
 from gracile.steps.blocks import removal_edits, select_blocks, skip_blocks
 from gracile.steps.budget import cost_of, whole_cost
 from gracile.steps.latency_budget import record_latency
 from gracile.steps.prune_layers import record_blocks
 from gracile.steps.prune_units import prune_units
+from gracile.steps.repair import Reference
 from gracile.steps.tables import outputs_of
 from gracile.steps.timing import Timer, timer_for
 from gracile.surgery import Remove, apply
@@ -145,18 +146,16 @@ def _attempt(
     assert units.to is not None
     gone = list(order.gone)
     trial, recorder = share_parameters(model), Recorder(units)
-    first: str | None = None
-    absorbed: dict[str, tuple[str, ...]] = {}
-    within = False
+    reference, within = Reference(model), False
     if gone:
         skip_blocks(trial, gone)
         reached = cost_of(units.to, trial, context, batch, timer)
         within = reached <= units.to.limit(reached)
         timer = timer.starting_from(reached / timer.whole_ms) if timer is not None else None
-        repair_blocks(trial, model, gone, batch, units, context, recorder if within else Recorder(units))
-        _, first, absorbed = after_removal(trial, model, gone, batch, context)
+        repaired = recorder if within else Recorder(units)
+        reference = repair_blocks(trial, model, gone, batch, units, context, repaired)
     if not within:
-        prune_units(trial, units, context, recorder, reference=model, first=first, absorbed=absorbed, timer=timer)
+        prune_units(trial, units, context, recorder, reference=reference, timer=timer)
     loss = divergence(outputs_of(trial, context.data, order.held_out), order.expected)
     return Attempt(gone, dict(order.losses), trial, recorder, loss if math.isfinite(loss) else math.inf), within
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from gracile.steps.consumers import collect_consumers, readers
 from gracile.steps.cut import Keep, cut_checked
 from gracile.steps.latency_budget import LatencyBudget, prepare_latency, record_latency, with_vector_widths
 from gracile.steps.reallocate import reallocate
-from gracile.steps.repair import repair_units
+from gracile.steps.repair import Reference, repair_units
 from gracile.steps.scores import score_weights
 from gracile.steps.sequence import choose_in_sequence
 from gracile.steps.tables import measure_tables
@@ -49,16 +49,12 @@ def prune_units(
     context: Context,
     recorder: Recorder,
     *,
-    reference: nn.Module | None = None,
-    first: str | None = None,
-    absorbed: Mapping[str, Sequence[str]] | None = None,
+    reference: Reference | None = None,
     timer: Timer | None = None,
 ) -> None:
     """Cut the lowest-scored units of the selected groups, check the result, and correct statistics.
 
-    reference: what the cut model is repaired towards; None: the model before the cut. Another one has all layers of the
-        model, of the same shapes. first: a layer whose inputs differ from the reference's before any cut. absorbed:
-        layers that make up for blocks of the reference that the model lacks (`Refit`). timer: for a budget of latency,
+    reference: what the cut model is repaired towards; None: the model before the cut. timer: for a budget of latency,
         in place of one of this model; the latency in the end is then the caller's to record.
     """
     batch = first_batch(context.data)
@@ -80,7 +76,7 @@ def prune_units(
                 f"Prune: no unit was removed from {len(groups)} groups; each keeps at least one, none scored low "
                 f"enough.\n  Raise the amount; `gracile inspect` shows the groups and their sizes."
             )
-        reference = reference or share_parameters(model)  # a cut makes new tensors
+        reference = reference or Reference(share_parameters(model))  # a cut makes new tensors
         checked = list(itertools.islice(context.data.calibration_batches, CHECKED_BATCHES))
         keep, edit = cut_checked(
             model, traced, keep, lambda net: [context.data.forward(net, each) for each in checked], recorder
@@ -95,7 +91,7 @@ def prune_units(
                 LayerRow(name=group.name, kind=group.kind, action="cut", kept=kept, of=group.units, reason=group.exact)
             )
     recorder.numbers["units_removed"] = sum(traced.group(name).units - len(kept) for name, kept in keep.items())
-    repair_units(model, reference, traced, edit, step, context, recorder, first, absorbed)
+    repair_units(model, reference, traced, edit, step, context, recorder)
 
 
 def reads_inputs(step: Prune) -> bool:
