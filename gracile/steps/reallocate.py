@@ -21,7 +21,7 @@ from gracile.steps.budget import Keep
 from gracile.steps.consumers import readers
 from gracile.steps.latency_budget import LatencyBudget
 from gracile.steps.sequence import Trial, choose_in_sequence, layers_in_order, targets_of
-from gracile.steps.tables import at_least, measure_around, outputs_of, some_batches
+from gracile.steps.tables import at_least, measure_around, outputs_of
 from gracile.steps.widths import share_out
 
 if TYPE_CHECKING:
@@ -54,19 +54,17 @@ def reallocate(
     """
     allocation, repair = step.allocation, step.repair
     assert isinstance(allocation, MeasuredLoss) and repair is not None
-    batches = some_batches(context.data, allocation.examples)
-    references = outputs_of(model, context.data, batches)
-    judged = max(batches, split_batches(context.data)[1], key=len)
+    fitted, held_out = split_batches(context.data)
+    batches = at_least([*held_out, *fitted], allocation.examples)
+    judged = max(batches, held_out, key=len)  # the shorter of the two is where the longer begins
     answers = outputs_of(model, context.data, judged)
-
-    fitted = split_batches(context.data)[0]
+    references = answers[: len(batches)]
     some = at_least(fitted, TRIAL_EXAMPLES)
     targets = targets_of(model, traced, layers_in_order(model, traced), context, some)
 
     def attempt(keep: Keep) -> tuple[float, Trial]:
         trial = choose_in_sequence(model, traced, groups, keep, step.criterion, repair, context, targets)
-        with eval_mode(trial.model):
-            return divergence(outputs_of(trial.model, context.data, judged), answers), trial
+        return divergence(outputs_of(trial.model, context.data, judged), answers), trial
 
     least, best = attempt(keep)
     losses, tried = [least], [_widths(best.keep)]
