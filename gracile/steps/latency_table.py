@@ -11,11 +11,10 @@ from torch import nn
 from gracile.context import Context
 from gracile.errors import TargetError
 from gracile.files import sha256_json
-from gracile.graph import Group, Trace, cut_macs, plan_resize, tied_sets
-from gracile.sharing import share_parameters
+from gracile.graph import Group, Trace, cut_macs, tied_sets
+from gracile.steps.budget import cut_copy
 from gracile.steps.latency_cache import LatencyCache
 from gracile.steps.timing import Timer
-from gracile.surgery import apply
 
 #: Seconds of timing at least for one width, beside the whole model.
 EACH = 0.4
@@ -74,8 +73,7 @@ def measure_latency_table(
             together = {group: kept for part in each.values() for group, kept in part.items()}
             share = cache.get(signature, removed)
             if share is None:
-                trial = share_parameters(model)
-                apply(trial, [plan_resize(traced, together)])
+                trial = cut_copy(model, traced, together)
                 try:
                     share = 1 - timer.relative(trial, seconds=EACH)
                 except TargetError as error:
