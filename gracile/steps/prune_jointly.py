@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -86,7 +85,7 @@ def _prune(
     except ConfigError as error:  # none can go, and the units still can
         blocks = []
         recorder.notes.append(f"No block was removed. {str(error).partition('  ')[2] or error}")
-    best = _least(model, blocks, batch, step, units, context, recorder, timer)
+    best = _least(BlockOrder(model, blocks, batch, step, context), units, recorder, timer)
     recorder.layers.extend(best.recorder.layers)
     recorder.notes.extend(best.recorder.notes)
     recorder.numbers.update(best.recorder.numbers)
@@ -101,25 +100,18 @@ def _prune(
     recorder.edits.extend([*best.recorder.edits, *removals])
 
 
-def _least(
-    model: nn.Module,
-    blocks: Sequence[Block],
-    batch: Batch,
-    step: Prune,
-    units: Prune,
-    context: Context,
-    recorder: Recorder,
-    timer: Timer | None,
-) -> Attempt:
-    """The attempt with the least divergence of those made; raises ConfigError with the reasons where none succeeded."""
-    order = BlockOrder(model, blocks, batch, step, context)
+def _least(order: BlockOrder, units: Prune, recorder: Recorder, timer: Timer | None) -> Attempt:
+    """The attempt with the least divergence of those made; raises ConfigError with the reasons where none succeeded.
+
+    units: the step without its `Layers`, its budget a number.
+    """
     best: Attempt | None = None
     shown: list[str] = []
     since = 0
     while True:
         within = False
         try:
-            attempt, within = _attempt(model, order, batch, units, context, timer)
+            attempt, within = _attempt(order, units, timer)
         except (ConfigError, NothingChangedError) as error:  # these units cannot meet what is left of the budget
             shown.append(f"{len(order.gone)}: {str(error).partition(chr(10))[0].rstrip('.')}")
         else:
@@ -131,19 +123,18 @@ def _least(
         order.take(order.next()[0])
     if best is None:
         raise ConfigError(
-            f"Prune(to={step.to}): cannot be met by blocks and units; by the number of blocks removed:\n  "
+            f"Prune(to={order.step.to}): cannot be met by blocks and units; by the number of blocks removed:\n  "
             + "\n  ".join(shown)
         )
-    record_blocks(blocks, best.gone, best.losses, order.compared, recorder)
+    record_blocks(order.blocks, best.gone, best.losses, order.compared, recorder)
     recorder.notes.append(f"Divergence on held-out batches by the number of blocks removed: {', '.join(shown)}.")
     return best
 
 
-def _attempt(
-    model: nn.Module, order: BlockOrder, batch: Batch, units: Prune, context: Context, timer: Timer | None
-) -> tuple[Attempt, bool]:
+def _attempt(order: BlockOrder, units: Prune, timer: Timer | None) -> tuple[Attempt, bool]:
     """A copy without the blocks gone so far, cut to the budget; and whether it was within without a cut of units."""
     assert units.to is not None
+    model, batch, context = order.model, order.batch, order.context
     gone = list(order.gone)
     trial, recorder = share_parameters(model), Recorder(units)
     reference, within = Reference(model), False
