@@ -30,17 +30,12 @@ def unfold_input(module: nn.Module, x: Tensor) -> Tensor:
     """
     if isinstance(module, nn.Linear):
         return x.reshape(1, -1, x.shape[-1])
-    if isinstance(module, nn.Conv1d) and not isinstance(module.padding, str) and module.padding_mode == "zeros":
-        x, kernel = x.unsqueeze(2), (1, *module.kernel_size)
-        stride, padding, dilation = (1, *module.stride), (0, *module.padding), (1, *module.dilation)
-    elif isinstance(module, nn.Conv2d) and not isinstance(module.padding, str) and module.padding_mode == "zeros":
-        kernel, stride = tuple(module.kernel_size), tuple(module.stride)
-        padding, dilation = tuple(module.padding), tuple(module.dilation)
-    else:
+    if not unfoldable(module):
         raise ConfigError(f"Inputs of a {type(module).__name__} cannot be unfolded into the rows of its weight.")
+    groups: int = module.groups  # type: ignore[assignment]
+    x, kernel, stride, padding, dilation = _as_2d(module, x)
     columns = F.unfold(x, kernel, dilation=dilation, padding=padding, stride=stride)  # [batch, in·k, positions]
     batch, width, positions = columns.shape
-    groups = module.groups
     split = columns.reshape(batch, groups, width // groups, positions)
     return split.permute(1, 0, 3, 2).reshape(groups, batch * positions, width // groups)
 
@@ -86,10 +81,9 @@ def rows_at(layer: nn.Module, y: Tensor, chosen: Tensor) -> Tensor:
 def _as_2d(layer: Any, x: Tensor) -> tuple[Tensor, _Size, _Size, _Size, _Size]:
     """The input, kernel, stride, padding and dilation, of a 1-d convolution with a height of one."""
     sizes = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-    if isinstance(layer, nn.Conv1d):
-        kernel, stride, padding, dilation = (tuple(size) for size in sizes)
-        return x.unsqueeze(2), (1, *kernel), (1, *stride), (0, *padding), (1, *dilation)
     kernel, stride, padding, dilation = (tuple(size) for size in sizes)
+    if isinstance(layer, nn.Conv1d):
+        return x.unsqueeze(2), (1, *kernel), (1, *stride), (0, *padding), (1, *dilation)
     return x, kernel, stride, padding, dilation
 
 

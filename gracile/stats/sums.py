@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -105,17 +105,23 @@ def _read(
     return inputs
 
 
+def stream_of(args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:
+    """(what a residual block is given, what it returns) in one call: the first tensor in, and its first result."""
+    entered = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+    return entered, output[0] if isinstance(output, tuple) else output
+
+
 @torch.no_grad()
 def watch_blocks(
     model: nn.Module, blocks: Sequence[str], run: Callable[[nn.Module], Any]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Name -> (what a residual block is given, what it returns), the first tensor of each, as they are called."""
+    """Name -> copies of what a residual block is given and what it returns (`stream_of`), as they are called."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def hook(name: str) -> Callable[..., None]:
         def on_output(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            x = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
-            found[name] = (x.clone(), (output[0] if isinstance(output, tuple) else output).clone())
+            entered, left = stream_of(args, kwargs, output)
+            found[name] = (entered.clone(), left.clone())
 
         return on_output
 

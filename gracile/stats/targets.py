@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from gracile.data import Batch, Data
 from gracile.modes import eval_mode
 from gracile.stats.rows import rows_at
-from gracile.stats.sums import WatchSums
+from gracile.stats.sums import WatchSums, stream_of
 
 #: Tokens or positions behind the moments of one layer; neighbouring positions of an image say nearly the same.
 ROWS = 65536
-#: What the rows of several layers may take together; of what does not fit, only the layer asked for is held.
+#: What the rows held may take, reckoned by the first batch: those of the layer asked for, however large, and of the
+#: layers behind it up to the first that no longer fits.
 HELD_BYTES = 1 << 30
 
 
@@ -39,7 +40,9 @@ class Target:
 
 
 class Targets:
-    """Targets of layers of the original: one forward of each batch gives those of as many layers as may be held.
+    """Targets of layers of the original; one forward of each batch gives those of the layer asked for and of more.
+
+    The layers behind it come along as far as they may be held; what was held before is then dropped.
 
     original: runs in eval mode. layers: in the order of its forward, each called once. sums: layer -> the module whose
     output is added to a stream: the layer itself or the batch norm behind it. absorbed: such layers -> blocks behind
@@ -112,10 +115,9 @@ class Targets:
             for block in self.absorbed.get(name, ()) if name in self.sums else ():
 
                 def on_block(_m: Any, args: Any, kwargs: Any, y: Any, name: str = name) -> None:
-                    entered = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
-                    change = (y[0] if isinstance(y, tuple) else y) - entered
+                    entered, left = stream_of(args, kwargs, y)
                     target = held[name]
-                    target.streams[-1] += rows_at(self.original.get_submodule(name), change, target.chosen[-1])
+                    target.streams[-1] += rows_at(self.original.get_submodule(name), left - entered, target.chosen[-1])
 
                 block_module = self.original.get_submodule(block)
                 handles.append(block_module.register_forward_hook(on_block, with_kwargs=True))

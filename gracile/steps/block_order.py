@@ -18,7 +18,7 @@ from gracile.sharing import share_parameters
 from gracile.stats.match import divergence, split_batches
 from gracile.steps.absorb import absorbing_layers
 from gracile.steps.blocks import put_module, put_skip, skip_blocks
-from gracile.steps.repair import repair_units
+from gracile.steps.repair import Reference, repair_units
 from gracile.steps.tables import outputs_of, some_batches
 from gracile.surgery import Resize
 
@@ -112,22 +112,23 @@ def repair_blocks(
     step: Prune,
     context: Context,
     recorder: Recorder,
-) -> None:
+) -> Reference:
     """Refit and correct a model without some blocks, towards the one with them.
 
     Layers behind the first of them, and before that the layers that can take up what blocks added (`absorbing_layers`).
+    Returns these layers with the reference, for a cut of units that follows.
     """
+    traced, towards = _after_removal(model, reference, gone, batch, context)
+    repair_units(model, towards, traced, Resize({}), step, context, recorder)
+    return towards
 
-    traced, first, absorbed = after_removal(model, reference, gone, batch, context)
-    repair_units(model, reference, traced, Resize({}), step, context, recorder, first, absorbed)
 
-
-def after_removal(
+def _after_removal(
     model: nn.Module, reference: nn.Module, gone: Sequence[Block], batch: Batch, context: Context
-) -> tuple[Trace, str | None, dict[str, tuple[str, ...]]]:
-    """A trace of the model without the blocks, the first layer behind them, and the layers that can take them up.
+) -> tuple[Trace, Reference]:
+    """A trace of the model without the blocks, and the reference with the layers behind and before them.
 
-    The first is one that is called once; None where there is none.
+    The first behind them is one that is called once; None where there is none.
     """
 
     def run(net: nn.Module) -> Any:
@@ -138,4 +139,4 @@ def after_removal(
     left = {layer.name for layer in traced.layers if layer.calls == 1}
     inside = [i for i, name in enumerate(order) if any(name.startswith(f"{block.name}.") for block in gone)]
     first = next((name for name in order[inside[0] :] if name in left), None)
-    return traced, first, absorbing_layers(reference, traced, order, gone, run)
+    return traced, Reference(reference, first, absorbing_layers(reference, traced, order, gone, run))

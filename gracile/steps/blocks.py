@@ -16,6 +16,7 @@ from gracile.nn import build_layer
 from gracile.recipe import Recorder
 from gracile.select import Select
 from gracile.sharing import share_parameters
+from gracile.stats.sums import stream_of
 from gracile.steps.tables import outputs_of
 from gracile.surgery import Edit, Remove, Swap, apply
 
@@ -98,7 +99,7 @@ def _cannot_skip(model: nn.Module, block: Block, batch: Batch, context: Context)
     """Why leaving the block out is not the same as replacing its first result by its input; None where it is."""
 
     def replace(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        x = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+        x, _ = stream_of(args, kwargs, output)
         return (x, *output[1:]) if isinstance(output, tuple) else x
 
     trial = share_parameters(model).eval()

@@ -62,7 +62,7 @@ def _cost(
 ) -> Callable[[Mapping[str, Sequence[int]]], float]:
     if isinstance(budget, MACs):
         return lambda keep: float(cut_macs(traced, keep))
-    return lambda keep: cost_of(budget, _cut(model, traced, keep), context, batch, timer)
+    return lambda keep: cost_of(budget, cut_copy(model, traced, keep), context, batch, timer)
 
 
 def cost_of(budget: Budget, model: nn.Module, context: Context, batch: Batch, timer: Timer | None = None) -> float:
@@ -85,7 +85,8 @@ def whole_cost(budget: Budget, model: nn.Module, context: Context, batch: Batch,
     return timer.whole_ms if timer is not None else cost_of(budget, model, context, batch)
 
 
-def _cut(model: nn.Module, traced: Trace, keep: Mapping[str, Sequence[int]]) -> nn.Module:
+def cut_copy(model: nn.Module, traced: Trace, keep: Mapping[str, Sequence[int]]) -> nn.Module:
+    """A copy that has only these units; whole without any. Raises ConfigError where groups cannot be cut together."""
     trial = share_parameters(model)
     if keep:
         apply(trial, [plan_resize(traced, keep)])

@@ -11,8 +11,7 @@ from torch import nn
 from gracile.errors import ConfigError, NothingChangedError
 from gracile.graph import CutCheck, Trace, check_cut, plan_resize, tied_sets
 from gracile.recipe import Recorder
-from gracile.sharing import share_parameters
-from gracile.steps.budget import Keep
+from gracile.steps.budget import Keep, cut_copy
 from gracile.surgery import Resize, apply
 
 
@@ -99,9 +98,8 @@ class _Trials:
     def _try(self, sets: list[tuple[str, ...]]) -> tuple[CutCheck | None, str | None]:
         """The check of a trial cut, and why it does not pass."""
         keep = self.kept(sets)
-        trial = share_parameters(self.model)
         try:
-            apply(trial, [plan_resize(self.traced, keep)])
+            trial = cut_copy(self.model, self.traced, keep)
         except ConfigError as error:  # groups that cannot be cut together
             return None, str(error).partition("\n")[0].rstrip(".:")
         check = check_cut(self.model, trial, self.traced, keep, self.run)

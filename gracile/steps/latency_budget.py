@@ -15,14 +15,12 @@ from gracile.data import Batch, batch_size
 from gracile.environment import instruction_set, vector_floats
 from gracile.errors import ConfigError
 from gracile.goal import Latency
-from gracile.graph import Group, Trace, cut_macs, plan_resize, tied_sets
+from gracile.graph import Group, Trace, cut_macs, tied_sets
 from gracile.recipe import Recorder
-from gracile.sharing import share_parameters
-from gracile.steps.budget import Keep
+from gracile.steps.budget import Keep, cut_copy
 from gracile.steps.latency_cache import LatencyCache, identity_of
 from gracile.steps.latency_table import LatencyTable, measure_latency_table
 from gracile.steps.timing import Timer
-from gracile.surgery import apply
 
 if TYPE_CHECKING:
     from gracile.steps.prune import Prune
@@ -133,9 +131,7 @@ class LatencyBudget:
         """Latency with so many units, as a share of the whole model's; the same widths are timed once."""
         widths = tuple(sorted((name, len(kept)) for name, kept in keep.items()))
         if widths not in self._measured:
-            trial = share_parameters(self.model)
-            apply(trial, [plan_resize(self.traced, keep)])
-            self._measured[widths] = self.timer.relative(trial)
+            self._measured[widths] = self.timer.relative(cut_copy(self.model, self.traced, keep))
         return self._measured[widths]
 
     def _least(

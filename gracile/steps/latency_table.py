@@ -9,13 +9,12 @@ from typing import Any
 from torch import nn
 
 from gracile.context import Context
-from gracile.errors import TargetError
+from gracile.errors import ConfigError, TargetError
 from gracile.files import sha256_json
-from gracile.graph import Group, Trace, cut_macs, plan_resize, tied_sets
-from gracile.sharing import share_parameters
+from gracile.graph import Group, Trace, cut_macs, tied_sets
+from gracile.steps.budget import cut_copy
 from gracile.steps.latency_cache import LatencyCache
 from gracile.steps.timing import Timer
-from gracile.surgery import apply
 
 #: Seconds of timing at least for one width, beside the whole model.
 EACH = 0.4
@@ -25,8 +24,8 @@ EACH = 0.4
 class LatencyTable:
     """saved: group -> units removed -> share of the whole model's latency that goes when this group alone is cut.
 
-    timed: how many widths were measured for it now, the others being known. failed: what could not be exported, with
-    the reason.
+    timed: how many widths were measured for it now, the others being known. failed: what could not be cut or exported,
+    with the reason; no further width of these groups was tried.
     """
 
     saved: Mapping[str, Mapping[int, float]]
@@ -74,11 +73,9 @@ def measure_latency_table(
             together = {group: kept for part in each.values() for group, kept in part.items()}
             share = cache.get(signature, removed)
             if share is None:
-                trial = share_parameters(model)
-                apply(trial, [plan_resize(traced, together)])
                 try:
-                    share = 1 - timer.relative(trial, seconds=EACH)
-                except TargetError as error:
+                    share = 1 - timer.relative(cut_copy(model, traced, together), seconds=EACH)
+                except (ConfigError, TargetError) as error:
                     failed.append(f"{names[0]} without {removed} units: {str(error).splitlines()[0]}")
                     break
                 timed += 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -19,12 +18,13 @@ from gracile.recipe import Recorder
 from gracile.sharing import own_parameters, share_parameters
 from gracile.stats.collect import first_batch
 from gracile.stats.match import divergence
-from gracile.steps.block_order import BlockOrder, after_removal, repair_blocks
+from gracile.steps.block_order import BlockOrder, repair_blocks
 from gracile.steps.blocks import removal_edits, select_blocks, skip_blocks
 from gracile.steps.budget import cost_of, whole_cost
 from gracile.steps.latency_budget import record_latency
 from gracile.steps.prune_layers import record_blocks
 from gracile.steps.prune_units import prune_units
+from gracile.steps.repair import Reference
 from gracile.steps.tables import outputs_of
 from gracile.steps.timing import Timer, timer_for
 from gracile.surgery import Remove, apply
@@ -85,7 +85,7 @@ def _prune(
     except ConfigError as error:  # none can go, and the units still can
         blocks = []
         recorder.notes.append(f"No block was removed. {str(error).partition('  ')[2] or error}")
-    best = _least(model, blocks, batch, step, units, context, recorder, timer)
+    best = _least(BlockOrder(model, blocks, batch, step, context), units, recorder, timer)
     recorder.layers.extend(best.recorder.layers)
     recorder.notes.extend(best.recorder.notes)
     recorder.numbers.update(best.recorder.numbers)
@@ -100,25 +100,18 @@ def _prune(
     recorder.edits.extend([*best.recorder.edits, *removals])
 
 
-def _least(
-    model: nn.Module,
-    blocks: Sequence[Block],
-    batch: Batch,
-    step: Prune,
-    units: Prune,
-    context: Context,
-    recorder: Recorder,
-    timer: Timer | None,
-) -> Attempt:
-    """The attempt with the least divergence of those made; raises ConfigError with the reasons where none succeeded."""
-    order = BlockOrder(model, blocks, batch, step, context)
+def _least(order: BlockOrder, units: Prune, recorder: Recorder, timer: Timer | None) -> Attempt:
+    """The attempt with the least divergence of those made; raises ConfigError with the reasons where none succeeded.
+
+    units: the step without its `Layers`, its budget a number.
+    """
     best: Attempt | None = None
     shown: list[str] = []
     since = 0
     while True:
         within = False
         try:
-            attempt, within = _attempt(model, order, batch, units, context, timer)
+            attempt, within = _attempt(order, units, timer)
         except (ConfigError, NothingChangedError) as error:  # these units cannot meet what is left of the budget
             shown.append(f"{len(order.gone)}: {str(error).partition(chr(10))[0].rstrip('.')}")
         else:
@@ -130,33 +123,30 @@ def _least(
         order.take(order.next()[0])
     if best is None:
         raise ConfigError(
-            f"Prune(to={step.to}): cannot be met by blocks and units; by the number of blocks removed:\n  "
+            f"Prune(to={order.step.to}): cannot be met by blocks and units; by the number of blocks removed:\n  "
             + "\n  ".join(shown)
         )
-    record_blocks(blocks, best.gone, best.losses, order.compared, recorder)
+    record_blocks(order.blocks, best.gone, best.losses, order.compared, recorder)
     recorder.notes.append(f"Divergence on held-out batches by the number of blocks removed: {', '.join(shown)}.")
     return best
 
 
-def _attempt(
-    model: nn.Module, order: BlockOrder, batch: Batch, units: Prune, context: Context, timer: Timer | None
-) -> tuple[Attempt, bool]:
+def _attempt(order: BlockOrder, units: Prune, timer: Timer | None) -> tuple[Attempt, bool]:
     """A copy without the blocks gone so far, cut to the budget; and whether it was within without a cut of units."""
     assert units.to is not None
+    model, batch, context = order.model, order.batch, order.context
     gone = list(order.gone)
     trial, recorder = share_parameters(model), Recorder(units)
-    first: str | None = None
-    absorbed: dict[str, tuple[str, ...]] = {}
-    within = False
+    reference, within = Reference(model), False
     if gone:
         skip_blocks(trial, gone)
         reached = cost_of(units.to, trial, context, batch, timer)
         within = reached <= units.to.limit(reached)
         timer = timer.starting_from(reached / timer.whole_ms) if timer is not None else None
-        repair_blocks(trial, model, gone, batch, units, context, recorder if within else Recorder(units))
-        _, first, absorbed = after_removal(trial, model, gone, batch, context)
+        repaired = recorder if within else Recorder(units)
+        reference = repair_blocks(trial, model, gone, batch, units, context, repaired)
     if not within:
-        prune_units(trial, units, context, recorder, reference=model, first=first, absorbed=absorbed, timer=timer)
+        prune_units(trial, units, context, recorder, reference=reference, timer=timer)
     loss = divergence(outputs_of(trial, context.data, order.held_out), order.expected)
     return Attempt(gone, dict(order.losses), trial, recorder, loss if math.isfinite(loss) else math.inf), within
 

@@ -64,11 +64,11 @@ def choose_blocks(
     end, unless a threshold decides how many go. timer: of the model, for a budget of latency.
     """
     order = BlockOrder(model, blocks, batch, step, context)
-    _take(order, model, blocks, batch, step, context, timer)
+    _take(order, timer)
     if not order.strayed or step.below is not None:
         return order
     plain = BlockOrder(model, blocks, batch, step, context, repaired=False)
-    _take(plain, model, blocks, batch, step, context, timer)
+    _take(plain, timer)
     loss, loss_plain = order.loss_repaired(order.gone), order.loss_repaired(plain.gone)
     recorder.notes.append(
         f"All blocks chosen after repair leave a divergence of {loss:.3g} on held-out batches, all chosen without "
@@ -77,24 +77,17 @@ def choose_blocks(
     return plain if loss_plain < loss else order
 
 
-def _take(
-    order: BlockOrder,
-    model: nn.Module,
-    blocks: Sequence[Block],
-    batch: Batch,
-    step: Prune,
-    context: Context,
-    timer: Timer | None,
-) -> None:
+def _take(order: BlockOrder, timer: Timer | None) -> None:
     """Take blocks until the step's amount is reached."""
-    wanted = round(step.fraction * len(blocks)) if step.fraction is not None else len(blocks)
-    reached = original = whole_cost(step.to, model, context, batch, timer) if step.to is not None else 0.0
+    step, context, batch, count = order.step, order.context, order.batch, len(order.blocks)
+    wanted = round(step.fraction * count) if step.fraction is not None else count
+    reached = original = whole_cost(step.to, order.model, context, batch, timer) if step.to is not None else 0.0
     if step.to is not None and original <= step.to.limit(original):
         raise ConfigError(f"Prune(to={step.to}): the model is within this budget already ({original:g}).")
     while step.to is None or reached > step.to.limit(original):
         if step.to is not None and not order.left:
             raise ConfigError(
-                f"Prune(to={step.to}): cannot be met; without all {len(blocks)} residual blocks {reached:g} of "
+                f"Prune(to={step.to}): cannot be met; without all {count} residual blocks {reached:g} of "
                 f"{original:g} remain ({reached / original:.3f}).\n  Ask for at least that."
             )
         if len(order.gone) == wanted or not order.left:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from gracile.allocate import GlobalRank, MeasuredLoss
 from gracile.context import Context
 from gracile.criteria import Consumer, Magnitude
-from gracile.data import Batch
 from gracile.errors import ConfigError, NothingChangedError
 from gracile.graph import Group, Trace, trace
 from gracile.nn import QuantizedLayer
@@ -27,12 +26,12 @@ from gracile.steps.consumers import collect_consumers, readers
 from gracile.steps.cut import Keep, cut_checked
 from gracile.steps.latency_budget import LatencyBudget, prepare_latency, record_latency, with_vector_widths
 from gracile.steps.reallocate import reallocate
-from gracile.steps.repair import repair_units
+from gracile.steps.repair import Reference, repair_units
 from gracile.steps.scores import score_weights
 from gracile.steps.sequence import choose_in_sequence
 from gracile.steps.tables import measure_tables
 from gracile.steps.timing import Timer, timer_for
-from gracile.steps.units import exchange_units, score_groups
+from gracile.steps.units import ScoredGroups, exchange_units, score_groups
 from gracile.steps.widths import keep_highest, share_out, weights_per_unit
 
 if TYPE_CHECKING:
@@ -49,16 +48,12 @@ def prune_units(
     context: Context,
     recorder: Recorder,
     *,
-    reference: nn.Module | None = None,
-    first: str | None = None,
-    absorbed: Mapping[str, Sequence[str]] | None = None,
+    reference: Reference | None = None,
     timer: Timer | None = None,
 ) -> None:
     """Cut the lowest-scored units of the selected groups, check the result, and correct statistics.
 
-    reference: what the cut model is repaired towards; None: the model before the cut. Another one has all layers of the
-        model, of the same shapes. first: a layer whose inputs differ from the reference's before any cut. absorbed:
-        layers that make up for blocks of the reference that the model lacks (`Refit`). timer: for a budget of latency,
+    reference: what the cut model is repaired towards; None: the model before the cut. timer: for a budget of latency,
         in place of one of this model; the latency in the end is then the caller's to record.
     """
     batch = first_batch(context.data)
@@ -73,14 +68,15 @@ def prune_units(
         consumers = collect_consumers(model, traced, groups, context)
     scores = score_units(model, groups, consumers, step, context, recorder)
     groups = [group for group in groups if group.name in scores]
+    scored = ScoredGroups(model, traced, batch, groups, scores, consumers)
     with nullcontext(timer) if timer is not None else timer_for(step.to, model, context, batch) as timing:
-        keep = choose_units(model, traced, groups, scores, consumers, step, context, batch, recorder, timing)
+        keep = choose_units(scored, step, context, recorder, timing)
         if not keep:
             raise NothingChangedError(
                 f"Prune: no unit was removed from {len(groups)} groups; each keeps at least one, none scored low "
                 f"enough.\n  Raise the amount; `gracile inspect` shows the groups and their sizes."
             )
-        reference = reference or share_parameters(model)  # a cut makes new tensors
+        reference = reference or Reference(share_parameters(model))  # a cut makes new tensors
         checked = list(itertools.islice(context.data.calibration_batches, CHECKED_BATCHES))
         keep, edit = cut_checked(
             model, traced, keep, lambda net: [context.data.forward(net, each) for each in checked], recorder
@@ -95,7 +91,7 @@ def prune_units(
                 LayerRow(name=group.name, kind=group.kind, action="cut", kept=kept, of=group.units, reason=group.exact)
             )
     recorder.numbers["units_removed"] = sum(traced.group(name).units - len(kept) for name, kept in keep.items())
-    repair_units(model, reference, traced, edit, step, context, recorder, first, absorbed)
+    repair_units(model, reference, traced, edit, step, context, recorder)
 
 
 def reads_inputs(step: Prune) -> bool:
@@ -193,16 +189,7 @@ def score_units(
 
 
 def choose_units(
-    model: nn.Module,
-    traced: Trace,
-    groups: list[Group],
-    scores: dict[str, Tensor],
-    consumers: Mapping[str, list[Consumer]],
-    step: Prune,
-    context: Context,
-    batch: Batch,
-    recorder: Recorder,
-    timer: Timer | None = None,
+    scored: ScoredGroups, step: Prune, context: Context, recorder: Recorder, timer: Timer | None = None
 ) -> Keep:
     """Indices kept of each group that loses any: by threshold, by a share of all units, or to a budget.
 
@@ -210,71 +197,56 @@ def choose_units(
     behind the cuts before.
     """
     if isinstance(step.allocation, MeasuredLoss):
-        return _by_measured_loss(model, traced, groups, scores, consumers, step, context, batch, recorder, timer)
+        return _by_measured_loss(scored, step, context, recorder, timer)
     in_sequence = step.repair is not None and scores_by_inputs(step.criterion)
     if step.below is not None:
-        removed = {name: int((s < step.below).sum()) for name, s in scores.items()}
-        keep = keep_highest(groups, scores, {n: min(r, scores[n].numel() - 1) for n, r in removed.items()}, step)
+        removed = {n: min(int((s < step.below).sum()), s.numel() - 1) for n, s in scored.scores.items()}
+        keep = keep_highest(scored.groups, scored.scores, removed, step)
     else:
-        keep = _by_function(model, traced, groups, scores, step, context, batch, timer)
+        keep = _by_function(scored, step, context, timer)
     if keep and in_sequence:
         assert step.repair is not None
-        return choose_in_sequence(model, traced, groups, keep, step.criterion, step.repair, context).keep
-    return keep if step.below is not None else exchange_units(keep, consumers, step.criterion)
+        return choose_in_sequence(
+            scored.model, scored.traced, scored.groups, keep, step.criterion, step.repair, context
+        ).keep
+    return keep if step.below is not None else exchange_units(keep, scored.consumers, step.criterion)
 
 
 def _by_measured_loss(
-    model: nn.Module,
-    traced: Trace,
-    groups: list[Group],
-    scores: dict[str, Tensor],
-    consumers: Mapping[str, list[Consumer]],
-    step: Prune,
-    context: Context,
-    batch: Batch,
-    recorder: Recorder,
-    timer: Timer | None,
+    scored: ScoredGroups, step: Prune, context: Context, recorder: Recorder, timer: Timer | None
 ) -> Keep:
     """Widths by tables of losses, against multiply-accumulates or against tables of latency; and the units of them."""
-    assert isinstance(step.allocation, MeasuredLoss)
     latency: LatencyBudget | None = None
     if timer is not None:
         step = with_vector_widths(step)
-        latency = prepare_latency(model, traced, groups, step, context, batch, timer, recorder)
+        latency = prepare_latency(
+            scored.model, scored.traced, scored.groups, step, context, scored.batch, timer, recorder
+        )
     assert isinstance(step.allocation, MeasuredLoss)
-    tables = measure_tables(model, traced, groups, scores, consumers, step.allocation, context)
-    keep = share_out(tables, step.allocation, model, traced, groups, scores, step, context, batch, None, latency)
+    tables = measure_tables(scored, step.allocation, context)
+    keep = share_out(tables, step.allocation, scored, step, context, latency=latency)
     if keep and step.repair is not None and scores_by_inputs(step.criterion):
-        keep = reallocate(keep, tables, scores, model, traced, groups, step, context, batch, recorder, latency)
+        keep = reallocate(keep, tables, scored, step, context, recorder, latency)
     else:
-        keep = exchange_units(keep, consumers, step.criterion)
+        keep = exchange_units(keep, scored.consumers, step.criterion)
     if latency is not None:
         recorder.numbers["latency_predicted_ms"] = latency.predicted_ms(keep)
     return keep
 
 
-def _by_function(
-    model: nn.Module,
-    traced: Trace,
-    groups: list[Group],
-    scores: dict[str, Tensor],
-    step: Prune,
-    context: Context,
-    batch: Batch,
-    timer: Timer | None,
-) -> Keep:
+def _by_function(scored: ScoredGroups, step: Prune, context: Context, timer: Timer | None) -> Keep:
     """Widths by an allocation that looks at the scores alone."""
     allocation: Any = step.allocation or GlobalRank()
-    costs = {g.name: float(weights_per_unit(model, g)) for g in groups}
+    costs = {g.name: float(weights_per_unit(scored.model, g)) for g in scored.groups}
 
     def at(fraction: float) -> Keep:
         if fraction <= 0:
             return {}
-        return keep_highest(groups, scores, allocation(scores, fraction, costs), step)
+        return keep_highest(scored.groups, scored.scores, allocation(scored.scores, fraction, costs), step)
 
     if step.to is not None:
         largest = min(0.99, getattr(allocation, "max_fraction", 1.0))
-        return meet_budget(step.to, model, traced, at, context, batch, largest, timer)
+        return meet_budget(step.to, scored.model, scored.traced, at, context, scored.batch, largest, timer)
     assert step.fraction is not None
     return at(step.fraction)
 

@@ -7,13 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
-
 from gracile.allocate import Level, MeasuredLoss
 from gracile.context import Context
-from gracile.data import Batch
 from gracile.errors import ConfigError
-from gracile.graph import Group, Trace, tied_sets
+from gracile.graph import Group, tied_sets
 from gracile.modes import eval_mode
 from gracile.recipe import Recorder
 from gracile.stats.match import divergence, split_batches
@@ -21,7 +18,8 @@ from gracile.steps.budget import Keep
 from gracile.steps.consumers import readers
 from gracile.steps.latency_budget import LatencyBudget
 from gracile.steps.sequence import Trial, choose_in_sequence, layers_in_order, targets_of
-from gracile.steps.tables import at_least, measure_around, outputs_of, some_batches
+from gracile.steps.tables import at_least, measure_around, outputs_of
+from gracile.steps.units import ScoredGroups
 from gracile.steps.widths import share_out
 
 if TYPE_CHECKING:
@@ -35,13 +33,9 @@ TRIAL_EXAMPLES = 1024
 def reallocate(
     keep: Keep,
     tables: Mapping[str, list[Level]],
-    scores: Mapping[str, Tensor],
-    model: nn.Module,
-    traced: Trace,
-    groups: list[Group],
+    scored: ScoredGroups,
     step: Prune,
     context: Context,
-    batch: Batch,
     recorder: Recorder,
     latency: LatencyBudget | None = None,
 ) -> Keep:
@@ -54,24 +48,23 @@ def reallocate(
     """
     allocation, repair = step.allocation, step.repair
     assert isinstance(allocation, MeasuredLoss) and repair is not None
-    batches = some_batches(context.data, allocation.examples)
-    references = outputs_of(model, context.data, batches)
-    judged = max(batches, split_batches(context.data)[1], key=len)
+    model, traced, groups = scored.model, scored.traced, scored.groups
+    fitted, held_out = split_batches(context.data)
+    batches = at_least([*held_out, *fitted], allocation.examples)
+    judged = max(batches, held_out, key=len)  # the shorter of the two is where the longer begins
     answers = outputs_of(model, context.data, judged)
-
-    fitted = split_batches(context.data)[0]
+    references = answers[: len(batches)]
     some = at_least(fitted, TRIAL_EXAMPLES)
     targets = targets_of(model, traced, layers_in_order(model, traced), context, some)
 
     def attempt(keep: Keep) -> tuple[float, Trial]:
         trial = choose_in_sequence(model, traced, groups, keep, step.criterion, repair, context, targets)
-        with eval_mode(trial.model):
-            return divergence(outputs_of(trial.model, context.data, judged), answers), trial
+        return divergence(outputs_of(trial.model, context.data, judged), answers), trial
 
     least, best = attempt(keep)
     losses, tried = [least], [_widths(best.keep)]
     if allocation.rounds:
-        for keep in _starts(tables, scores, model, traced, groups, step, context, batch, latency):
+        for keep in _starts(tables, scored, step, context, latency):
             if _widths(keep) not in tried:
                 tried.append(_widths(keep))
                 loss, trial = attempt(keep)
@@ -87,7 +80,7 @@ def reallocate(
         near = {name: _within(around[name], best, sets[name][0], allocation.reach * shrink) for name in sets}
         fixed = {name: kept for name, kept in best.keep.items() if name not in {g.name for g in free}}
         try:
-            keep = share_out(near, linear, model, traced, groups, best.scores, step, context, batch, fixed, latency)
+            keep = share_out(near, linear, replace(scored, scores=best.scores), step, context, fixed, latency)
         except ConfigError:  # no other widths within reach meet the amount
             break
         if _widths(keep) == _widths(best.keep):
@@ -108,24 +101,20 @@ def reallocate(
 
 def _starts(
     tables: Mapping[str, list[Level]],
-    scores: Mapping[str, Tensor],
-    model: nn.Module,
-    traced: Trace,
-    groups: list[Group],
+    scored: ScoredGroups,
     step: Prune,
     context: Context,
-    batch: Batch,
     latency: LatencyBudget | None,
 ) -> Iterator[Keep]:
     """Widths by each power, of all groups and of those that one layer alone reads: residual streams stay whole."""
     assert isinstance(step.allocation, MeasuredLoss)
-    sets = tied_sets(groups)
-    inner = {name: tables[name] for name in sets if all(len(readers(model, g)) == 1 for g in sets[name])}
+    sets = tied_sets(scored.groups)
+    inner = {name: tables[name] for name in sets if all(len(readers(scored.model, g)) == 1 for g in sets[name])}
     for power in (step.allocation.power, *step.allocation.starts):
         for some in (tables, inner):
             with contextlib.suppress(ConfigError):  # the amount cannot be met by these groups alone
                 allocation = replace(step.allocation, power=power)
-                yield share_out(some, allocation, model, traced, groups, scores, step, context, batch, None, latency)
+                yield share_out(some, allocation, scored, step, context, None, latency)
 
 
 def _within(levels: list[Level], trial: Trial, group: Group, reach: float) -> list[Level]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,49 +18,59 @@ from gracile.sharing import own_parameters
 from gracile.solvers import LeastSquares
 from gracile.stats.match import output_error, split_batches
 from gracile.stats.refit import Refit, refit, refittable
-from gracile.steps.consumers import tied_layers
 from gracile.steps.correct import correct_statistics
-from gracile.steps.sequence import targets_of
+from gracile.steps.sequence import called_once, targets_of
 from gracile.surgery import Resize
 
 if TYPE_CHECKING:
     from gracile.steps.prune import Prune
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What a cut model is repaired towards, and what it lacks of that before any units are cut.
+
+    model: has all layers of the cut one, of the shapes before the cut. first: the layer behind blocks that were
+    removed, whose inputs differ without any cut. absorbed: layers before it -> the blocks whose change of the stream
+    they take up (`Targets`).
+    """
+
+    model: nn.Module
+    first: str | None = None
+    absorbed: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
 def repair_units(
     model: nn.Module,
-    reference: nn.Module,
+    reference: Reference,
     traced: Trace,
     edit: Resize,
     step: Prune,
     context: Context,
     recorder: Recorder,
-    first: str | None = None,
-    absorbed: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """Refit (if the step has a repair) and correct (if it says so) the cut model towards the one before the cut.
+    """Refit (if the step has a repair) and correct (if it says so) the cut model towards the reference.
 
-    The refit is kept if the output error on held-out calibration batches is lower with it than without.
-    first: a layer whose inputs have changed otherwise. Layers are refitted from there or from the first that lost
-        inputs on, whichever comes first. absorbed: layers before it that take up what removed blocks did (`Refit`).
+    The refit is kept if the output error on held-out calibration batches is lower with it than without. Layers are
+    refitted from the reference's `first` or from the first that lost inputs on, whichever comes first.
     """
     kept = kept_outputs(edit)
     if step.repair is None and not step.correct:
         return
-    own_parameters(model, reference)
+    own_parameters(model, reference.model)
     if step.repair is None:
-        correct_statistics(model, reference, context, recorder, kept)
+        correct_statistics(model, reference.model, context, recorder, kept)
         return
     cut, plain_recorder = _vectors(model), Recorder(step)
-    without = _settle(model, reference, step, context, plain_recorder, kept)
+    without = _settle(model, reference.model, step, context, plain_recorder, kept)
     plain = _vectors(model)
     _put(model, cut)
-    layers, skipped = _refit(model, reference, traced, edit, step.repair, context, first, absorbed or {})
+    layers, skipped = _refit(model, reference, traced, edit, step.repair, context)
     refitted_recorder = Recorder(step)
-    error = _settle(model, reference, step, context, refitted_recorder, kept)
+    error = _settle(model, reference.model, step, context, refitted_recorder, kept)
     accepted = error < without
     if not accepted:
-        _undo_refit(model, reference, edit, layers)
+        _undo_refit(model, reference.model, edit, layers)
         _put(model, plain)
     chosen = refitted_recorder if accepted else plain_recorder
     if accepted:
@@ -124,31 +135,23 @@ def _settle(
 
 
 def _refit(
-    model: nn.Module,
-    reference: nn.Module,
-    traced: Trace,
-    edit: Resize,
-    solver: LeastSquares,
-    context: Context,
-    first: str | None,
-    absorbed: Mapping[str, Sequence[str]],
+    model: nn.Module, reference: Reference, traced: Trace, edit: Resize, solver: LeastSquares, context: Context
 ) -> tuple[list[str], dict[str, str]]:
     """Refit every layer that can be, from the earlier of `first` and the first that lost inputs on.
 
     Returns their names, and why others were not.
     """
-    tied = tied_layers(model)
-    order = [layer.name for layer in traced.layers if layer.calls == 1 and layer.name not in tied]
-    starts = [name for name in order if name == first or f"{name}.weight:1" in edit.keep]
+    order, source = called_once(model, traced), reference.model
+    starts = [name for name in order if name == reference.first or f"{name}.weight:1" in edit.keep]
     if not starts:
         return [], {}
     start = order.index(starts[0])
-    later = [name for i, name in enumerate(order) if i >= start or name in absorbed]
-    layers = [n for n in later if refittable(model.get_submodule(n)) and refittable(reference.get_submodule(n))]
+    later = [name for i, name in enumerate(order) if i >= start or name in reference.absorbed]
+    layers = [n for n in later if refittable(model.get_submodule(n)) and refittable(source.get_submodule(n))]
     rows = {n: torch.tensor(edit.keep[f"{n}.weight:0"]) for n in layers if f"{n}.weight:0" in edit.keep}
-    targets = targets_of(reference, traced, layers, context, absorbed=absorbed)
+    targets = targets_of(source, traced, layers, context, absorbed=reference.absorbed)
     repair = Refit(model, targets, solver, kept=rows, norms=dict(traced.batch_norm_pairs()))
-    with eval_mode(model, reference):
+    with eval_mode(model, source):
         skipped = refit(repair, layers, on_layer=lambda n: context.progress("refit", n, len(layers)))
     return [name for name in layers if name not in skipped], skipped
 

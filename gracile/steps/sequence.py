@@ -103,11 +103,15 @@ def _choose_group(trial: Trial, group: str, keep: Mapping[str, Sequence[int]], c
         trial.keep[group] = _choose(criterion, units, trial.scores[group], len(keep[group]))
 
 
-def layers_in_order(model: nn.Module, traced: Trace) -> list[str]:
-    """Layers that can be refitted, called once each and with a matrix of their own, in the order of the forward."""
-    calls = {layer.name: layer.calls for layer in traced.layers}
+def called_once(model: nn.Module, traced: Trace) -> list[str]:
+    """Layers of any kind that are called once each and share no parameter, in the order of the forward."""
     tied = tied_layers(model)
-    return [n for n, count in calls.items() if count == 1 and n not in tied and refittable(model.get_submodule(n))]
+    return [layer.name for layer in traced.layers if layer.calls == 1 and layer.name not in tied]
+
+
+def layers_in_order(model: nn.Module, traced: Trace) -> list[str]:
+    """Those of `called_once` that can be refitted."""
+    return [name for name in called_once(model, traced) if refittable(model.get_submodule(name))]
 
 
 def targets_of(

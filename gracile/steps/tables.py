@@ -21,17 +21,10 @@ from gracile.solvers import LeastSquares, Moments
 from gracile.stats.match import divergence, split_batches
 from gracile.stats.replay import Replay
 from gracile.steps.sequence import Trial
+from gracile.steps.units import ScoredGroups
 
 
-def measure_tables(
-    model: nn.Module,
-    traced: Trace,
-    groups: Sequence[Group],
-    scores: Mapping[str, Tensor],
-    consumers: Mapping[str, Sequence[Consumer]],
-    allocation: MeasuredLoss,
-    context: Context,
-) -> dict[str, list[Level]]:
+def measure_tables(scored: ScoredGroups, allocation: MeasuredLoss, context: Context) -> dict[str, list[Level]]:
     """Group -> a Level for each width, lowest scores removed first; what is saved are multiply-accumulates.
 
     Groups that must keep one number of units lose as many each, and have one table, by the name that `tied_sets` gives.
@@ -39,7 +32,8 @@ def measure_tables(
     inputs of the uncut model, which is what the cut would compute.
     """
     batches = some_batches(context.data, allocation.examples)
-    trial = copy.deepcopy(model).eval()
+    traced, groups, consumers = scored.traced, scored.groups, scored.consumers
+    trial = copy.deepcopy(scored.model).eval()
     references = outputs_of(trial, context.data, batches)
     replay = Replay(trial, context.data, batches)
     norms = dict(traced.batch_norm_pairs())
@@ -49,7 +43,7 @@ def measure_tables(
     sets = _in_order(groups, reads, traced)
     for done, (name, members, first) in enumerate(sets):
         replay.seek(first)
-        orders = {group.name: torch.argsort(scores[group.name], stable=True) for group in members}
+        orders = {group.name: torch.argsort(scored.scores[group.name], stable=True) for group in members}
         layers = _by_layer(members, consumers)
         tables[name] = []
         for count in allocation.counts(members[0].units):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gracile.context import Context
 from gracile.criteria import CannotScoreError, Consumer, Units
+from gracile.data import Batch
 from gracile.errors import ConfigError, DataError
-from gracile.graph import Group
+from gracile.graph import Group, Trace
 from gracile.layer_stats import ACTIVATION_STATS
 from gracile.patterns import Member, mean_normalised
 from gracile.recipe import Recorder
@@ -23,6 +24,22 @@ from gracile.steps.consumers import input_columns, readers
 
 if TYPE_CHECKING:
     from gracile.steps.prune import Prune
+
+
+@dataclass(frozen=True)
+class ScoredGroups:
+    """The groups of a model that may lose units, with what is known of them.
+
+    model: uncut. traced: its trace on `batch`. scores: [units] of each group, higher is kept. consumers: what reads
+    each group, with moments of its inputs; empty where the step does not look at it.
+    """
+
+    model: nn.Module
+    traced: Trace
+    batch: Batch
+    groups: list[Group]
+    scores: Mapping[str, Tensor]
+    consumers: Mapping[str, Sequence[Consumer]] = field(default_factory=dict)
 
 
 def score_groups(

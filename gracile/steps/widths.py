@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from gracile.allocate import Level, MeasuredLoss
 from gracile.context import Context
-from gracile.data import Batch
 from gracile.errors import ConfigError
 from gracile.goal import Bytes, Parameters
-from gracile.graph import Group, Trace, tied_sets
+from gracile.graph import Group, tied_sets
 from gracile.steps.budget import Keep, meet_budget
 from gracile.steps.latency_budget import LatencyBudget
+from gracile.steps.units import ScoredGroups
 
 if TYPE_CHECKING:
     from gracile.steps.prune import Prune
@@ -26,13 +26,9 @@ if TYPE_CHECKING:
 def share_out(
     tables: Mapping[str, Sequence[Level]],
     allocation: MeasuredLoss,
-    model: nn.Module,
-    traced: Trace,
-    groups: list[Group],
-    scores: Mapping[str, Tensor],
+    scored: ScoredGroups,
     step: Prune,
     context: Context,
-    batch: Batch,
     fixed: Mapping[str, list[int]] | None = None,
     latency: LatencyBudget | None = None,
 ) -> Keep:
@@ -43,12 +39,13 @@ def share_out(
     latency, what the budget's own tables say. Groups that must keep one number of units have one table (`tied_sets`).
     """
     fixed = fixed or {}
+    model, groups = scored.model, scored.groups
     sets = {name: members for name, members in tied_sets(groups).items() if name in tables}
     free = [group for members in sets.values() for group in members]
 
     def keeping(removed: dict[str, int]) -> Keep:
         each = {g.name: removed[name] for name, members in sets.items() if name in removed for g in members}
-        return {**fixed, **keep_highest(free, scores, each, step)}
+        return {**fixed, **keep_highest(free, scored.scores, each, step)}
 
     def saving(amount: float) -> Keep:
         return keeping(allocation.choose(tables, amount))
@@ -64,9 +61,10 @@ def share_out(
             n: [replace(level, saved=level.removed * each[n]) for level in levels] for n, levels in tables.items()
         }
         total = sum(p.numel() for p in model.parameters())
-        return meet_budget(step.to, model, traced, lambda f: saving(f * total), context, batch)
+        return meet_budget(step.to, model, scored.traced, lambda f: saving(f * total), context, scored.batch)
     if step.to is not None:
-        return meet_budget(step.to, model, traced, lambda f: saving(f * traced.macs), context, batch)
+        macs = scored.traced.macs
+        return meet_budget(step.to, model, scored.traced, lambda f: saving(f * macs), context, scored.batch)
     assert step.fraction is not None
     tables = {n: [replace(level, saved=level.removed * len(sets[n])) for level in tables[n]] for n in sets}
     gone = sum(g.units - len(fixed[g.name]) for g in groups if g.name in fixed)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gracile.stats.sums import read_layer
+from gracile.stats.sums import read_layer, stream_of
 
 
 class Net(nn.Module):
@@ -65,3 +65,10 @@ def test_of_a_layer_alone_only_the_input_is_read() -> None:
     net, x = Net(lambda x, f: x + f).eval(), torch.randn(3, 4)
     inputs, stream = read_layer(net, "second", lambda model: model(x))
     assert stream is None and torch.equal(inputs, net.first(x).relu()) and net.ended == 0
+
+
+def test_a_block_is_given_the_first_tensor_and_returns_its_first_result() -> None:
+    x, y, other = torch.zeros(2), torch.ones(2), torch.full((2,), 2.0)
+    for args, kwargs, output in (((x, other), {}, y), ((None, x), {"mask": other}, (y, other)), ((), {"x": x}, (y,))):
+        entered, left = stream_of(args, kwargs, output)
+        assert entered is x and left is y

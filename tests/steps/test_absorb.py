@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from residual import ResidualMLP
 from torch import Tensor, nn
 
 import gracile as gc
@@ -18,32 +19,9 @@ from gracile.steps.block_order import repair_blocks
 from gracile.steps.blocks import skip_blocks
 
 
-class Perceptron(nn.Module):
-    def __init__(self, after: bool) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 6)
-        self.norm = nn.LayerNorm(6) if after else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.norm(x + self.down(torch.tanh(self.up(x))))
-        return y
-
-
-class Net(nn.Module):
-    """after: the stream is normalised behind each sum."""
-
-    def __init__(self, after: bool = False) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.stem, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
-        self.blocks = nn.ModuleList(Perceptron(after) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x)
-        y: Tensor = self.head(x)
-        return y
+def net(normalised: bool = False) -> ResidualMLP:
+    """normalised: the stream is normalised behind each sum."""
+    return ResidualMLP(4, 6, 16, (1, 1, 1, 1), normalised=normalised)
 
 
 def batches() -> list[Tensor]:
@@ -68,7 +46,7 @@ def without(model: nn.Module, indices: tuple[int, ...]) -> tuple[nn.Module, list
     ],
 )
 def test_the_layer_is_the_one_whose_sum_the_block_receives(indices: tuple[int, ...], expected: Any) -> None:
-    model = Net().eval()
+    model = net().eval()
     short, gone = without(model, indices)
 
     def run(net: nn.Module) -> Any:
@@ -79,7 +57,7 @@ def test_the_layer_is_the_one_whose_sum_the_block_receives(indices: tuple[int, .
 
 
 def test_a_stream_that_is_normalised_behind_the_sum_has_none() -> None:
-    model = Net(after=True).eval()
+    model = net(normalised=True).eval()
     short, gone = without(model, (1,))
 
     def run(net: nn.Module) -> Any:
@@ -92,7 +70,7 @@ def test_a_stream_that_is_normalised_behind_the_sum_has_none() -> None:
 @torch.no_grad()
 def test_its_weights_are_the_regression_of_its_output_and_the_block_s() -> None:
     """Against torch.linalg.lstsq on the eight batches that are fitted."""
-    model: Any = Net().eval()
+    model: Any = net().eval()
     short, gone = without(model, (1,))
     context = Context(gc.Data(calibration=batches()), model, model)
     step = gc.Prune(0.25, pattern=gc.Layers(), repair=gc.solvers.LeastSquares(damping=1e-12), correct=False)

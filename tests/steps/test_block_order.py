@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from residual import ResidualMLP
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,36 +15,9 @@ import gracile as gc
 from gracile.context import Context
 
 
-class Perceptron(nn.Module):
-    """x + f(x), with a say in how much it adds."""
-
-    def __init__(self, dim: int, scale: float) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
-        with torch.no_grad():
-            self.down.weight.mul_(scale)
-            self.down.bias.mul_(scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + self.down(torch.tanh(self.up(x)))
-        return y
-
-
-class Disagreeing(nn.Module):
+def disagreeing() -> ResidualMLP:
     """The block that costs least as it stands is not the one that costs least once the rest is refitted."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(2)
-        self.stem, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
-        self.blocks = nn.ModuleList(Perceptron(8, scale) for scale in (1, 1.5, 1, 1.2, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x)
-        y: Tensor = self.head(x)
-        return y
+    return ResidualMLP(scales=(1, 1.5, 1, 1.2, 1), seed=2)
 
 
 def batches() -> list[Tensor]:
@@ -54,13 +28,13 @@ def batches() -> list[Tensor]:
 def held_out_kl(model: nn.Module) -> float:
     x = torch.cat(batches()[::8])
     with torch.no_grad():
-        found, expected = (net(x).double().log_softmax(1) for net in (model, Disagreeing().eval()))
+        found, expected = (net(x).double().log_softmax(1) for net in (model, disagreeing().eval()))
     return float(F.kl_div(found, expected, log_target=True, reduction="batchmean"))
 
 
 def removed_with(repair: Any, pattern: gc.Layers, amount: float, among: str = "blocks.*") -> tuple[set[str], float]:
     """Blocks removed, and what the repaired model loses on the batches that no repair has seen."""
-    model = Disagreeing().eval()
+    model = disagreeing().eval()
     context = Context(gc.Data(calibration=batches()), copy.deepcopy(model), model)
     record = gc.only(among, gc.Prune(amount, pattern=pattern, repair=repair))(model, context)
     return {row.name for row in record.layers if row.action == "removed"}, held_out_kl(model)

@@ -240,11 +240,12 @@ def test_a_target_that_is_absent_or_not_given_is_said_before_anything_is_measure
         assert not absent.exported
 
 
-def test_widths_that_the_runtime_refuses_are_noted_and_their_groups_stay_whole() -> None:
+@pytest.mark.parametrize("error", [ConfigError, TargetError])
+def test_widths_that_the_runtime_refuses_are_noted_and_their_groups_stay_whole(error: type[Exception]) -> None:
     class Refuses(Clockwork):
         def export(self, model: Any, *args: Any, **settings: Any) -> Any:
             if model.up[2].out_channels < 64:
-                raise TargetError("no kernel for that")
+                raise error("no kernel for that")
             return super().export(model, *args, **settings)
 
     result = gc.compress(Blocks().eval(), step(gc.Latency(0.8, target=Refuses(staircase))), data())

@@ -9,6 +9,7 @@ from torch import nn
 
 import gracile as gc
 from gracile.context import Context
+from gracile.errors import ConfigError
 from gracile.graph import trace
 from gracile.steps.latency_cache import LatencyCache
 from gracile.steps.latency_table import LatencyTable, measure_latency_table, signature_of
@@ -59,17 +60,21 @@ class MeasuredTimer:
         return (100 + trace(model, lambda net: net(torch.zeros(1, 3, 4, 4))).macs) / (100 + self.whole)
 
 
-def test_groups_that_share_a_layer_are_each_given_what_they_save_alone() -> None:
-    """Cut together, two neighbours save less than the sum; each alone saves what its own multiply-accumulates say."""
-    model = chain(3, 8, 8, 8, 8)
+def measured(model: nn.Module) -> tuple[LatencyTable, int]:
+    """The table of two and four units less in each group, and the latency of the whole model."""
     traced = trace(model, lambda net: net(torch.zeros(1, 3, 4, 4)))
     groups = [group for group in traced.groups if group.frozen is None]
     counts = {group.name: [2, 4] for group in groups}
     data = gc.Data(calibration=[torch.zeros(1, 3, 4, 4)])
     cache, timer = LatencyCache({"test": 1}), MeasuredTimer(traced.macs)
     table = measure_latency_table(model, traced, groups, counts, timer, cache, Context(data, model, model))  # type: ignore[arg-type]
+    return table, 100 + traced.macs
+
+
+def test_groups_that_share_a_layer_are_each_given_what_they_save_alone() -> None:
+    """Cut together, two neighbours save less than the sum; each alone saves what its own multiply-accumulates say."""
+    table, whole = measured(chain(3, 8, 8, 8, 8))
     per_pixel = 16 * 9
-    whole = 100 + traced.macs
     for removed in (2, 4):
         # By hand: the layer that makes a unit, and the one that reads it, which for the last is linear.
         assert table.share("0", removed) == pytest.approx(removed * per_pixel * (3 + 8) / whole)
@@ -77,3 +82,21 @@ def test_groups_that_share_a_layer_are_each_given_what_they_save_alone() -> None
         assert table.share("4", removed) == pytest.approx(removed * per_pixel * (8 + 8) / whole)
         assert table.share("6", removed) == pytest.approx(removed * (per_pixel * 8 + 16 * 3) / whole)
     assert table.timed == 6, "two widths of three kinds of groups"
+
+
+def test_groups_that_cannot_be_cut_together_are_not_timed_and_the_reason_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from gracile.steps import latency_table as module
+
+    def cut_copy(model: nn.Module, traced: Any, keep: Any) -> nn.Module:
+        if keep.keys() >= {"2", "4"} and len(keep["2"]) < 6:
+            raise ConfigError("These groups cannot be cut together: sizes would no longer fit.\n  Cut them one by one.")
+        return original(model, traced, keep)
+
+    original = module.cut_copy
+    monkeypatch.setattr(module, "cut_copy", cut_copy)
+    table, _ = measured(chain(3, 8, 8, 8, 8))
+    assert {name: sorted(row) for name, row in table.saved.items()} == {"0": [2, 4], "2": [2], "4": [2], "6": [2, 4]}
+    assert table.failed == ("2 without 4 units: These groups cannot be cut together: sizes would no longer fit.",)
+    assert table.timed == 5

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from residual import ResidualMLP
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,36 +20,6 @@ from gracile.context import Context
 from gracile.graph import trace
 from gracile.nn import Skip
 from gracile.surgery import Remove, Swap
-
-
-class Perceptron(nn.Module):
-    """x + f(x), with a say in how much it adds."""
-
-    def __init__(self, dim: int, scale: float) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
-        with torch.no_grad():
-            self.down.weight.mul_(scale)
-            self.down.bias.mul_(scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = x + self.down(torch.tanh(self.up(x)))
-        return y
-
-
-class ResidualMLP(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.stem, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
-        self.blocks = nn.ModuleList(Perceptron(8, scale) for scale in (3, 0.1, 2, 0.5, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x)
-        y: Tensor = self.head(x)
-        return y
 
 
 class Indexed(ResidualMLP):
@@ -193,11 +164,13 @@ def test_what_is_left_computes_as_if_the_blocks_were_passed_over(name: str) -> N
     assert any(isinstance(m, Skip) for m in model.modules()) == (name == "Indexed")
 
 
+TESTS = str(Path(__file__).resolve().parents[1])
 READER = """
 import importlib.util, sys
 import torch
 import gracile
 torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[3])
 spec = importlib.util.spec_from_file_location("layer_nets", sys.argv[1])
 nets = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = nets
@@ -220,7 +193,7 @@ def test_they_load_bit_equal_in_a_fresh_process(tmp_path: Path) -> None:
             found = result.model.eval()(batches(name)[0])
         expected[name] = str([float.hex(v) for v in found.double().flatten().tolist()])
     run = subprocess.run(
-        [sys.executable, "-c", READER, __file__, str(tmp_path)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", READER, __file__, str(tmp_path), TESTS], capture_output=True, text=True, check=True
     )
     assert dict(line.split(" ", 1) for line in run.stdout.splitlines()) == expected
 

@@ -21,6 +21,7 @@ from gracile.stats.match import divergence
 from gracile.steps.consumers import collect_consumers
 from gracile.steps.sequence import choose_in_sequence
 from gracile.steps.tables import measure_around, measure_tables, outputs_of
+from gracile.steps.units import ScoredGroups
 
 
 def net() -> nn.Sequential:
@@ -45,7 +46,8 @@ def test_a_level_is_the_loss_of_that_cut_with_its_readers_refitted() -> None:
     context = Context(examples, model, model)
     consumers = collect_consumers(model, traced, groups, context)
     scores = {g.name: torch.rand(g.units, generator=torch.Generator().manual_seed(1)) for g in groups}
-    tables = measure_tables(model, traced, groups, scores, consumers, MeasuredLoss(levels=4), context)
+    scored = ScoredGroups(model, traced, examples.calibration[0], groups, scores, consumers)
+    tables = measure_tables(scored, MeasuredLoss(levels=4), context)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert set(tables) == {g.name for g in groups}
     first = next(g for g in groups if g.units == 8)

@@ -20,6 +20,7 @@ from gracile.steps.latency_cache import LatencyCache
 from gracile.steps.latency_table import measure_latency_table
 from gracile.steps.tables import measure_tables
 from gracile.steps.timing import Timer
+from gracile.steps.units import ScoredGroups
 
 
 class Halves(nn.Module):
@@ -60,7 +61,8 @@ def test_the_loss_of_a_set_is_that_of_all_its_groups_cut_and_all_readers_refitte
     context = Context(examples, model, model)
     scores = {g.name: torch.rand(16, generator=torch.Generator().manual_seed(i)) for i, g in enumerate(groups)}
     consumers = collect_consumers(model, found, groups, context)
-    tables = measure_tables(model, found, groups, scores, consumers, MeasuredLoss(levels=4), context)
+    scored = ScoredGroups(model, found, examples.calibration[0], groups, scores, consumers)
+    tables = measure_tables(scored, MeasuredLoss(levels=4), context)
     assert list(tables) == ["stem"]
     level = tables["stem"][2]
     keep = {name: value.argsort()[12:].sort().values.tolist() for name, value in scores.items()}

@@ -12,6 +12,7 @@ import gracile as gc
 from gracile.allocate import Level, MeasuredLoss
 from gracile.context import Context
 from gracile.graph import trace
+from gracile.steps.units import ScoredGroups
 from gracile.steps.widths import share_out, weights_per_unit
 
 IMAGES = torch.zeros(2, 3, 16, 16)
@@ -38,5 +39,6 @@ def test_what_the_budget_counts_is_what_a_width_saves(budget: Any, cut: str) -> 
     scores = {group.name: torch.arange(group.units) for group in groups}
     step = gc.Prune(to=budget, pattern=gc.Channels(), allocation=MeasuredLoss(power=1.0))
     context = Context(gc.Data(calibration=[IMAGES]), model, model)
-    keep = share_out(tables, MeasuredLoss(power=1.0), model, traced, groups, scores, step, context, IMAGES)
+    scored = ScoredGroups(model, traced, IMAGES, groups, scores)
+    keep = share_out(tables, MeasuredLoss(power=1.0), scored, step, context)
     assert list(keep) == [cut]
