@@ -19,7 +19,7 @@ from gracile.graph import Group, Trace, cut_macs, tied_sets
 from gracile.recipe import Recorder
 from gracile.steps.budget import Keep, cut_copy
 from gracile.steps.latency_cache import LatencyCache, identity_of
-from gracile.steps.latency_table import LatencyTable, measure_latency_table
+from gracile.steps.latency_table import LatencyTable, measure_latency_table, saved_macs
 from gracile.steps.timing import Timer
 
 if TYPE_CHECKING:
@@ -157,10 +157,7 @@ class LatencyBudget:
         """Multiply-accumulates that go when this group alone, or this tied set, loses so many units each."""
         key = (name, removed)
         if key not in self._macs:
-            group = self.traced.group(name)
-            tied = [g for g in self.traced.groups if g.frozen is None and g.tied_count == group.tied_count is not None]
-            keep = {g.name: list(range(g.units - removed)) for g in tied or [group]}
-            self._macs[key] = cut_macs(self.traced, {}) - cut_macs(self.traced, keep)
+            self._macs[key] = saved_macs(self.traced, name, removed)
         return self._macs[key]
 
 
@@ -196,13 +193,23 @@ def prepare_latency(
     timer: Timer,
     recorder: Recorder,
 ) -> LatencyBudget:
-    """The step's budget with the tables for it, from the cache as far as it has them; notes say what was timed."""
+    """The step's budget with the tables for it, from the cache as far as it has them; notes say what was timed.
+
+    Where the timer's whole model has tables and this is a part of it, without some blocks, they are derived from those.
+    """
     allocation = step.allocation
     assert isinstance(step.to, Latency) and isinstance(allocation, MeasuredLoss)
-    cache = LatencyCache(identity_of(model, traced.macs, timer.target, batch))
     counts = {group.name: allocation.counts(group.units) for group in groups}
+    if timer.known is not None:
+        whole, before = timer.known
+        if all(set(counts[name]) <= set(whole.saved.get(name, ())) for name in tied_sets(groups)):
+            recorder.notes.append("Latency tables of the model with all its blocks, in proportion to the work left.")
+            return LatencyBudget(step.to, timer, whole.within(timer.share, before, traced), model, traced)
+    cache = LatencyCache(identity_of(model, traced.macs, timer.target, batch))
     start = time.perf_counter()
     table = measure_latency_table(model, traced, groups, counts, timer, cache, context)
+    if timer.share == 1:
+        timer.known = table, traced
     seconds = time.perf_counter() - start
     recorder.notes += cache.notes
     recorder.notes += [f"Not timed, and so left whole: {reason}." for reason in table.failed]

@@ -43,6 +43,31 @@ class LatencyTable:
             return row[below]
         return row[below] + (row[above] - row[below]) * (removed - below) / (above - below)
 
+    def within(self, share: float, whole: Trace, part: Trace) -> LatencyTable:
+        """The table of the model without some of its blocks, not measured but derived.
+
+        share: that model's latency, as a share of the whole one's. whole, part: the traces of both. A cut saves what it
+        did in the whole model, in proportion to the multiply-accumulates that it still saves.
+        """
+        left = {group.name for group in part.groups}
+        saved = {
+            name: {
+                removed: saving / share * saved_macs(part, name, removed) / (saved_macs(whole, name, removed) or 1)
+                for removed, saving in row.items()
+            }
+            for name, row in self.saved.items()
+            if name in left
+        }
+        return LatencyTable(saved)
+
+
+def saved_macs(traced: Trace, name: str, removed: int) -> int:
+    """Multiply-accumulates that go when this group alone, or its tied set, loses so many units each."""
+    group = traced.group(name)
+    tied = [g for g in traced.groups if g.frozen is None and g.tied_count == group.tied_count is not None]
+    keep = {g.name: list(range(g.units - removed)) for g in tied or [group]}
+    return cut_macs(traced, {}) - cut_macs(traced, keep)
+
 
 def measure_latency_table(
     model: nn.Module,

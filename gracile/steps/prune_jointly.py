@@ -58,7 +58,7 @@ def prune_jointly(model: nn.Module, step: Prune, context: Context, recorder: Rec
     with the least divergence on held-out calibration batches is what the model becomes. Ends once two more blocks have
     not made it less, or the blocks alone meet the budget: a cut of units for each number tried, at most three more than
     the blocks removed in the end. A budget of latency is one of the model as it was, and every copy is timed beside
-    that; tables of latency are measured in each copy, since what a width saves there depends on what else there is.
+    that; tables of latency are measured once, in the model as it was, and what a copy saves is derived from them.
     """
     batch = first_batch(context.data)
     with timer_for(step.to, model, context, batch) as timer:

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -17,6 +17,10 @@ from gracile.errors import ConfigError, TargetError
 from gracile.evaluate.latency import measure_relative
 from gracile.goal import Budget, Latency
 
+if TYPE_CHECKING:
+    from gracile.graph import Trace
+    from gracile.steps.latency_table import LatencyTable
+
 #: Seconds of timing at least, for a model by which something is decided.
 CAREFUL = 1.5
 
@@ -25,6 +29,8 @@ class Timer:
     """The whole model, exported once and kept loaded; other models are exported, timed in turn with it, and dropped.
 
     whole_ms: median latency of the whole model when it was loaded: what shares of it are turned into milliseconds by.
+    share: that model's latency as a share of the one loaded, 1 unless made by `starting_from`.
+    known: the whole model's table of latency and its trace, once measured.
     """
 
     def __init__(self, model: nn.Module, target: Any, batch: Batch, folder: Path, context: Context) -> None:
@@ -32,7 +38,8 @@ class Timer:
         self._folder, self._feed = folder, context.data.feed
         self._whole = self._call(model, self._folder)
         found = measure_relative(self._whole, self._whole, seconds=CAREFUL)
-        self.whole_ms, self._base, self._errors = found.reference_ms, 1.0, [found.error]
+        self.whole_ms, self.share, self._errors = found.reference_ms, 1.0, [found.error]
+        self.known: tuple[LatencyTable, Trace] | None = None
 
     @property
     def error(self) -> float:
@@ -44,7 +51,7 @@ class Timer:
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
             found = measure_relative(self._whole, self._call(model, Path(folder)), seconds=seconds)
         self._errors.append(found.error)
-        return found.share / self._base
+        return found.share / self.share
 
     def starting_from(self, share: float) -> Timer:
         """This timer for a model that takes such a share of the whole one's latency, and for cuts of it.
@@ -52,7 +59,7 @@ class Timer:
         Its shares and `whole_ms` are that model's, and what it times is still timed beside the whole one.
         """
         found = copy.copy(self)
-        found.whole_ms, found._base = self.whole_ms * share, self._base * share
+        found.whole_ms, found.share = self.whole_ms * share, self.share * share
         return found
 
     def _call(self, model: nn.Module, folder: Path) -> Callable[[], Any]:
