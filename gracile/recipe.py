@@ -57,7 +57,7 @@ class Recipe(Step):
         for step in steps:
             if not isinstance(step, Step):
                 raise ConfigError(
-                    f"Recipe: {step!r} is not a step.\n  Steps are Prune, Quantize, Distill, Finetune, only."
+                    f"Recipe: {step!r} is not a step.\n  Steps are Prune, Factorize, Quantize, Distill, Finetune, only."
                 )
         object.__setattr__(self, "steps", tuple(steps))
 

@@ -48,7 +48,7 @@ class Factorized(nn.Module):
         return y
 
     def _take_over(self, old: Any) -> None:
-        """The old layer's bias, and which of its parameters train; the factors are zero until they are set or loaded."""
+        """The old layer's bias, and which parameters train; the factors are zero until they are set or loaded."""
         for layer in (self.first, self.second):
             nn.init.zeros_(layer.weight).requires_grad_(old.weight.requires_grad)
         if old.bias is not None:

@@ -98,14 +98,14 @@ class LowRank:
         return Decomposition(solution, basis, values.square(), mean, mean_target)
 
 
-def symmetric(weight: Tensor, moments: Moments) -> Moments:
-    """The moments with the target W x: what the weight makes of the inputs that the layer has now.
+def symmetric(weight: Tensor, gram: Tensor, mean: Tensor) -> Moments:
+    """Moments with the target W x: what the weight makes of inputs with these second moments and this mean.
 
     Low rank of these is the decomposition of the weight itself, in the metric of its inputs.
     """
     w = weight.double()
-    outputs = w @ moments.gram
-    return Moments(moments.gram, outputs, moments.mean, w @ moments.mean, (outputs * w).sum(1))
+    outputs = w @ gram
+    return Moments(gram, outputs, mean, w @ mean, (outputs * w).sum(1))
 
 
 def squared_error(factors: Factors, moments: Moments) -> float:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from gracile.steps.distill import Distill, Finetune
+from gracile.steps.factorize import Factorize
 from gracile.steps.optimizers import SGD, AdamW
 from gracile.steps.prune import Prune
 from gracile.steps.quantize import Quantize
 
-__all__ = ["SGD", "AdamW", "Distill", "Finetune", "Prune", "Quantize"]
+__all__ = ["SGD", "AdamW", "Distill", "Factorize", "Finetune", "Prune", "Quantize"]

@@ -20,17 +20,15 @@ from gracile.recipe import Recorder
 from gracile.sharing import share_parameters
 from gracile.steps.budget import Keep
 from gracile.steps.latency_cache import LatencyCache, identity_of
+from gracile.steps.latency_search import search_within
 from gracile.steps.latency_table import LatencyTable, measure_latency_table
 from gracile.steps.timing import Timer
 from gracile.surgery import apply
 
 if TYPE_CHECKING:
+    from gracile.steps.factorize import Factorize
     from gracile.steps.prune import Prune
 
-#: The latency aimed at, and the lowest that is near enough, as shares of the budget.
-AIM, NEAR = 0.985, 0.95
-#: Corrections towards the budget, and further ones while it is still exceeded.
-CORRECTIONS, ATTEMPTS = 3, 8
 BISECTIONS = 20
 
 
@@ -67,34 +65,21 @@ class LatencyBudget:
             raise ConfigError(
                 f"Prune(to={self.budget}): the model is within this budget already ({self.timer.whole_ms:.3g} ms)."
             )
-        best: tuple[float, Keep] | None = None
-        nearest = 1.0
-        tried: list[Keep] = []
-        goal = AIM * limit
-        for attempt in range(ATTEMPTS):
-            keep = self._least(levels, allocation, keep_of, (1 - goal) / self.correction)
-            if keep in tried:
-                if best is not None:
-                    break
-                goal -= 0.03 * limit  # the same widths again, too slow: ask for more
-                continue
-            tried.append(keep)
-            measured = self.measure(keep)
-            nearest = min(nearest, measured)
-            if measured <= limit and (best is None or measured > best[0]):
-                best = measured, keep
-            if best is not None and (attempt >= CORRECTIONS or best[0] >= NEAR * limit):
-                break
-            predicted = self.predict(keep)
-            if predicted > 0 and measured < 1:
-                self.correction = (1 - measured) / predicted
-        if best is None:
+        found = search_within(
+            limit,
+            lambda wanted: self._least(levels, allocation, keep_of, wanted),
+            self.predict,
+            self.measure,
+            self.correction,
+        )
+        self.correction = found.correction
+        if found.choice is None:
             raise ConfigError(
                 f"Prune(to={self.budget}): cannot be met; the nearest that was reached by cutting is "
-                f"{nearest * self.timer.whole_ms:.3g} ms of {self.timer.whole_ms:.3g} ms ({nearest:.3f}).\n"
+                f"{found.nearest * self.timer.whole_ms:.3g} ms of {self.timer.whole_ms:.3g} ms ({found.nearest:.3f}).\n"
                 f"  Ask for at least that, or allow more layers to be cut."
             )
-        return best[1]
+        return found.choice
 
     @property
     def limit(self) -> float:
@@ -207,8 +192,8 @@ def prepare_latency(
     return LatencyBudget(step.to, timer, table, model, traced)
 
 
-def record_latency(model: nn.Module, timer: Timer, step: Prune, recorder: Recorder) -> None:
-    """Time the model as it was cut beside the whole one, and record both."""
+def record_latency(model: nn.Module, timer: Timer, step: Prune | Factorize, recorder: Recorder) -> None:
+    """Time the model as it is now beside the whole one, and record both."""
     assert isinstance(step.to, Latency)
     measured = timer.relative(model) * timer.whole_ms
     recorder.numbers["latency_before_ms"] = timer.whole_ms

@@ -1,0 +1,143 @@
+"""Layers factorized one after another, each on the inputs that those before it leave, to what the original gave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gracile.context import Context
+from gracile.errors import DataError, ModelError
+from gracile.graph import Trace, check_change
+from gracile.modes import eval_mode
+from gracile.nn import Factorized
+from gracile.recipe import Recorder
+from gracile.report.model import LayerRow
+from gracile.solvers import Moments
+from gracile.solvers.low_rank import Factors, squared_error, symmetric, target_energy
+from gracile.stats.collect import collect_activations
+from gracile.stats.match import split_batches
+from gracile.stats.refit import CannotRefitError, Refit
+from gracile.stats.targets import Targets
+from gracile.steps.factorize_select import Candidate, Run, overwriting, product_of, swap_of
+from gracile.steps.sequence import targets_of
+from gracile.surgery import apply
+
+if TYPE_CHECKING:
+    from gracile.steps.factorize import Factorize
+
+
+def factorize_layers(
+    model: nn.Module,
+    reference: nn.Module,
+    traced: Trace,
+    ranks: Mapping[Candidate, int],
+    step: Factorize,
+    targets: Targets,
+    context: Context,
+    recorder: Recorder,
+) -> None:
+    """Put two layers of the rank in place of each, in the order given, which is that of the forward; and record it.
+
+    reference: the model before, whose outputs are the targets. Of the fit to these and the decomposition of the weight
+    alone, both in the metric of the inputs that the layer now has, that with the smaller error on held-out batches is
+    taken. The intercept goes into the bias, or into the running mean of the batch norm behind.
+    """
+    norms = dict(traced.batch_norm_pairs())
+    names = [candidate.name for candidate in ranks]
+    held_out = targets_of(reference, traced, names, context, batches=split_batches(context.data)[1])
+    fit, judge = Refit(model, targets, norms=norms), Refit(model, held_out, norms=norms)
+    fitted = 0
+    with eval_mode(model, reference):
+        for done, (candidate, rank) in enumerate(ranks.items()):
+            name, centre = candidate.name, fit.centred(candidate.name)
+            weight: Any = model.get_submodule(name).weight
+            prior = weight.detach().flatten(1).cpu()
+            moments, judged = _moments(model, name, prior, fit, judge, context)
+            by_targets = step.solver(prior, moments, centre).factors(rank)
+            by_weight = step.solver(prior, symmetric(prior, moments.gram, moments.mean), centre).factors(rank)
+            errors = [squared_error(factors, judged) for factors in (by_targets, by_weight)]
+            better = errors[0] <= errors[1]
+            fitted += better
+            _replace(model, candidate, rank, by_targets if better else by_weight, norms, recorder)
+            energy = target_energy(judged, centre)
+            recorder.layers.append(
+                LayerRow(
+                    name=name,
+                    kind=candidate.kind,
+                    action="factorized",
+                    kept=rank,
+                    of=candidate.full_rank,
+                    error=min(errors) / energy if energy > 0 else None,
+                    reason="fitted to the original's outputs" if better else "decomposed as it was",
+                )
+            )
+            context.progress("factorize", done + 1, len(ranks))
+    recorder.notes.append(
+        f"Of {len(ranks)} layers factorized, {fitted} are fitted to the original's outputs; of the others the weight "
+        f"as it was does better on held-out batches."
+    )
+
+
+def prove_factorized(model: nn.Module, reference: nn.Module, run: Run, recorder: Recorder) -> None:
+    """The factorized model is the one before with the products as weights, in float64; raises ModelError if it is not.
+
+    Biases and batch-norm statistics of the model count as changed alike.
+    """
+    changes = {}
+    tensors = {**dict(reference.named_parameters()), **dict(reference.named_buffers())}
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if name in tensors and value.ndim < 2:
+            changes[name] = overwriting(value.detach())
+    for name, layer in model.named_modules():
+        if isinstance(layer, Factorized) and not isinstance(reference.get_submodule(name), Factorized):
+            changes[f"{name}.weight"] = overwriting(product_of(layer))
+            if layer.bias is not None:
+                changes[f"{name}.bias"] = overwriting(layer.bias.detach())
+    check = check_change(reference, changes, model, run, "factorized")
+    if not check.exact:
+        raise ModelError(
+            f"Factorize: {check.reason} than the model with the products of the factors as weights.\n  "
+            f"Its forward depends on more than its layers' outputs; exclude layers, one half at a time, to find which."
+        )
+    assert check.max_error is not None
+    recorder.numbers["factorized_error"] = check.max_error
+    recorder.notes.append("The factorized model equals the original with the products as weights (float64).")
+
+
+def _moments(
+    model: nn.Module, name: str, prior: Tensor, fit: Refit, judge: Refit, context: Context
+) -> tuple[Moments, Moments]:
+    """Moments to fit on and to judge by. Where the layer now sees other tokens than in the original, so that nothing
+    says what it should make of them, what its weight makes of them is both."""
+    try:
+        moments, judged = fit.measure(name), judge.measure(name)
+    except CannotRefitError:
+        stats = collect_activations(model, [name], {"gram", "input_mean"}, context.data)[name]
+        assert stats.gram is not None and stats.input_mean is not None
+        moments = judged = symmetric(prior, stats.gram[0].double().cpu() / 2, stats.input_mean.double().cpu())
+    if not all(bool(torch.isfinite(m.gram).all() & torch.isfinite(m.cross).all()) for m in (moments, judged)):
+        raise DataError(
+            f"Factorize: layer '{name}' has inputs that are NaN or infinite once the layers before it are factorized.\n"
+            f"  Exclude it, or factorize less."
+        )
+    return moments, judged
+
+
+@torch.no_grad()
+def _replace(
+    model: nn.Module, candidate: Candidate, rank: int, factors: Factors, norms: Mapping[str, str], recorder: Recorder
+) -> None:
+    old: Any = model.get_submodule(candidate.name)
+    edit = swap_of(candidate, rank)
+    apply(model, [edit])
+    recorder.edits.append(edit)
+    new: Any = model.get_submodule(candidate.name)
+    bias = None if old.bias is None else old.bias.double().cpu() + factors.shift
+    new.set_factors(factors.first, factors.second, bias)
+    if bias is None and candidate.name in norms:
+        norm: Any = model.get_submodule(norms[candidate.name])
+        if norm.running_mean is not None:  # without, it takes out the mean of the batch by itself
+            norm.running_mean.copy_(norm.running_mean.double().cpu() - factors.shift)
