@@ -3,8 +3,8 @@
     python -m benchmarks.low_rank resnet20 [--to 0.67 0.5] [--calibration 2058] [--powers 0.5] [--seed 0]
     python -m benchmarks.low_rank minilm [--to 0.67 0.5] [--calibration 500]
 
-`resnet20` is woodfisher_resnet20, its calibration that of `benchmarks.structured`: accuracy on test5k. `minilm` has that
-of `benchmarks.structured_sentences`: Spearman on the STS-B test pairs, and mean cosine loss on 400 sentences held out.
+`resnet20` is woodfisher_resnet20, its calibration that of `benchmarks.structured`: accuracy on test5k. `minilm` has
+that of `benchmarks.structured_sentences`: Spearman on the STS-B test pairs, mean cosine loss on 400 sentences held out.
 "whitened" takes the ranks of the row before it too, each weight decomposed in the metric of the inputs of the original:
 neither fitted to the original's outputs behind other factorized layers, nor corrected.
 """

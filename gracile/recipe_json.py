@@ -28,8 +28,8 @@ def recipe_from_json(config: Any) -> Step:
     step = from_config(config, classes())
     if not isinstance(step, Step):
         raise ConfigError(
-            f"A recipe in JSON is an object with a 'type' (Prune, Factorize, Quantize, Distill, Finetune, Recipe, Only) "
-            f"or a list of them, not {_shown(config)}.\n"
+            f"A recipe in JSON is an object with a 'type' (Prune, Factorize, Quantize, Distill, Finetune, Recipe, "
+            f"Only) or a list of them, not {_shown(config)}.\n"
             f'  For example: [{{"type": "Prune", "fraction": 0.3}}, {{"type": "Quantize", "scheme": "w8a8"}}]'
         )
     return step

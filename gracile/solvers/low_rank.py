@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gracile.errors import ConfigError
+from gracile.errors import ConfigError, DataError
 from gracile.solvers.base import Moments
 
 
@@ -58,7 +58,7 @@ class LowRank:
     `LeastSquares`), the objective is that of V plus tr (A − V)(Cov x + λ I)(A − V)ᵀ. Hence A_r = U_r U_rᵀ V, U_r being
     the r leading eigenvectors of V (Cov x + λ I) Vᵀ, and what rank r costs beyond V is the sum of the other
     eigenvalues. They are computed as squared singular values of V L with L Lᵀ = Cov x + λ I, whose condition number the
-    ridge bounds by d / damping + 1, so that nothing is inverted that cannot be.
+    ridge bounds by d / damping + 1; where rounding has made the moments indefinite, λ grows tenfold until there is L.
 
     Source: reduced-rank regression (Izenman 1975, doi:10.1016/0047-259X(75)90042-1, all outputs weighing the same). For
     targets t = P x it is the singular value decomposition of P Cov(x)^½, as in DRONE (Chen et al. 2021) and SVD-LLM
@@ -79,8 +79,11 @@ class LowRank:
 
         prior: P, [out, d]. centre: whether the layer has a bias, or a batch norm that takes the mean, so that the
             intercept is free; if not, second moments about zero are used and the shift is zero.
-        Inputs that never vary say nothing about the weights; their decomposition is that of P itself.
+        Inputs that never vary say nothing about the weights; their decomposition is that of P itself. Raises DataError
+        for moments that are not finite.
         """
+        if not bool(torch.isfinite(moments.gram).all() & torch.isfinite(moments.cross).all()):
+            raise DataError("LowRank: the moments of a layer's inputs or outputs hold NaN or infinity.")
         p = prior.double()
         gram, cross, mean, mean_target = moments.gram, moments.cross, moments.mean, moments.mean_target
         if centre:
@@ -88,12 +91,15 @@ class LowRank:
         else:
             mean, mean_target = torch.zeros_like(mean), torch.zeros_like(mean_target)
         ridge = self.damping * float(gram.diagonal().mean())
+        identity = torch.eye(len(gram), dtype=gram.dtype)
         if ridge > 0:
-            system = gram + ridge * torch.eye(len(gram), dtype=gram.dtype)
-            whitening = torch.linalg.cholesky(system)
+            whitening, failed = torch.linalg.cholesky_ex(gram + ridge * identity)
+            while bool(failed):  # sums of low precision, less a large mean, need not be a covariance
+                ridge *= 10
+                whitening, failed = torch.linalg.cholesky_ex(gram + ridge * identity)
             solution = torch.cholesky_solve((cross + ridge * p).T, whitening).T
         else:
-            whitening, solution = torch.eye(len(gram), dtype=gram.dtype), p
+            whitening, solution = identity, p
         basis, values, _ = torch.linalg.svd(solution @ whitening, full_matrices=False)
         return Decomposition(solution, basis, values.square(), mean, mean_target)
 

@@ -144,6 +144,7 @@ class Sums:
         self.count = 0
 
     def add(self, x: Tensor, t: Tensor) -> None:
+        x, t = (a if a.dtype == torch.float64 else a.float() for a in (x, t))  # lower precision is none for sums
         parts = [part.double().cpu() for part in (x.T @ x, t.T @ x, x.sum(0), t.sum(0), t.square().sum(0))]
         self.parts = [a + b for a, b in zip(self.parts, parts, strict=True)] if self.parts else parts
         self.count += len(x)

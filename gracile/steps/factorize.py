@@ -99,7 +99,7 @@ class Factorize(Step):
     @property
     def title(self) -> str:
         amount = f"{self.fraction:.0%} of the weights away" if self.fraction is not None else f"to {self.to}"
-        return f"Factorize, {amount}"
+        return f"Factorize {amount}"
 
     def check(self, model: nn.Module, context: Context) -> None:
         if not context.data.has_calibration:

@@ -49,6 +49,7 @@ def factorize_layers(
     names = [candidate.name for candidate in ranks]
     held_out = targets_of(reference, traced, names, context, batches=split_batches(context.data)[1])
     fit, judge = Refit(model, targets, norms=norms), Refit(model, held_out, norms=norms)
+    modes = {name: model.get_submodule(name).training for name in names}
     fitted = 0
     with eval_mode(model, reference):
         for done, (candidate, rank) in enumerate(ranks.items()):
@@ -75,6 +76,8 @@ def factorize_layers(
                 )
             )
             context.progress("factorize", done + 1, len(ranks))
+    for name, training in modes.items():
+        model.get_submodule(name).train(training)
     recorder.notes.append(
         f"Of {len(ranks)} layers factorized, {fitted} are fitted to the original's outputs; of the others the weight "
         f"as it was does better on held-out batches."
