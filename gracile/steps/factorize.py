@@ -52,8 +52,8 @@ class Factorize(Step):
     levels: ranks tried of each layer, in equal steps below the rank from which on nothing is saved.
     examples: calibration examples behind the loss of one rank.
     power: of the losses in the choice. Below 1, a layer that is hurt already is hurt on rather than a new one.
-    multiple_of: ranks tried are multiples of the largest power of two up to this that the largest rank holds four
-        times. None: any rank; of a latency budget, the floats in a vector of this processor.
+    multiple_of: ranks tried are multiples of the largest power of two up to this that the largest rank holds twice.
+        None: any rank; of a latency budget, the floats in a vector of this processor.
     correct: batch-norm and bias correction afterwards, by the difference to the model before on the calibration
         batches; kept only if the output error on held-out batches falls.
     exclude: name patterns of layers left alone.

@@ -47,14 +47,14 @@ Options = dict[str, list[Option]]  # by layer; staying whole is among them
 def ranks_of(candidate: Candidate, levels: int, multiple_of: int) -> list[int]:
     """Ranks to try, ascending: equal steps up to where nothing is saved, which is left out.
 
-    Rounded to multiples of the largest power of two up to `multiple_of` that the largest holds four times.
+    Rounded to multiples of the largest power of two up to `multiple_of` that the largest holds twice.
     """
     largest = candidate.largest_rank()
     step = 1
-    while 2 * step <= multiple_of and 8 * step <= largest:
+    while 2 * step <= multiple_of and 4 * step <= largest:
         step *= 2
     even = (largest * i / (levels + 1) for i in range(1, levels + 2))
-    return sorted({min(max(step, round(rank / step) * step), largest) for rank in even})
+    return sorted({max(1, min(round(rank / step), largest // step)) * step for rank in even})
 
 
 def measure_losses(
