@@ -114,10 +114,10 @@ def symmetric(weight: Tensor, gram: Tensor, mean: Tensor) -> Moments:
     return Moments(gram, outputs, mean, w @ mean, (outputs * w).sum(1))
 
 
-def squared_error(factors: Factors, moments: Moments) -> float:
-    """E‖t − A x − b‖², for moments that hold the targets' squares; never below zero."""
+def squared_error(weight: Tensor, shift: Tensor, moments: Moments) -> float:
+    """E‖t − A x − b‖² of a weight A [out, d] and a shift b [out], for moments that hold the targets' squares."""
     assert moments.square_target is not None, "the moments do not say how large the targets are"
-    a, b = factors.product, factors.shift
+    a, b = weight.double(), shift.double()
     error = moments.square_target.sum() - 2 * (a * moments.cross).sum() + ((a @ moments.gram) * a).sum()
     error += b.square().sum() - 2 * b @ (moments.mean_target - a @ moments.mean)
     return max(0.0, float(error))

@@ -19,7 +19,7 @@ from gracile.recipe import Recorder, Step
 from gracile.report.model import LayerRow, StepRecord
 from gracile.select import check_exclude
 from gracile.sharing import own_parameters, share_parameters
-from gracile.solvers import LowRank
+from gracile.solvers import LeastSquares, LowRank
 from gracile.stats.collect import first_batch
 from gracile.steps.correct import correct_statistics
 from gracile.steps.factorize_latency import prepare_rank_latency
@@ -49,6 +49,8 @@ class Factorize(Step):
         target, measured in turn with the model as it was. Ranks that are not faster there by more than the error of
         timing are not taken. Exactly one of `fraction` and `to` is given.
     solver: how factors are found for a rank.
+    repair: refits layers that stay whole behind one that was factorized: solvers.LeastSquares(). A refit is kept only
+        if it lowers the layer's error on held-out calibration batches. None: they keep their weights.
     levels: ranks tried of each layer, in equal steps below the rank from which on nothing is saved.
     examples: calibration examples behind the loss of one rank.
     power: of the losses in the choice. Below 1, a layer that is hurt already is hurt on rather than a new one.
@@ -63,6 +65,7 @@ class Factorize(Step):
     _: KW_ONLY
     to: Budget | None = None
     solver: LowRank = LowRank()
+    repair: LeastSquares | None = None
     levels: int = 8
     examples: int = 512
     power: float = 0.5
@@ -85,6 +88,8 @@ class Factorize(Step):
             raise ConfigError(f"Factorize(to={self.to!r}): expected a budget, for example MACs(0.5).")
         if not isinstance(self.solver, LowRank):
             raise ConfigError(f"Factorize(solver={self.solver!r}): expected solvers.LowRank().")
+        if self.repair is not None and not isinstance(self.repair, LeastSquares):
+            raise ConfigError(f"Factorize(repair={self.repair!r}): expected solvers.LeastSquares() or None.")
         for name, value in (("levels", self.levels), ("examples", self.examples), ("multiple_of", self.multiple_of)):
             if not (name == "multiple_of" and value is None) and not _is_count(value):
                 raise ConfigError(f"Factorize({name}={value!r}): expected a whole number of at least 1.")
@@ -141,8 +146,9 @@ class Factorize(Step):
             else:
                 options = options_of(candidates, losses, self.to)
                 chosen = choose_ranks(options, amount_to_save(options, candidates, self, model, traced), self.power)
-            named = {candidate.name: candidate for candidate in candidates}
-            picked = {named[name]: rank for name, rank in chosen.items()}
+            if self.repair is not None:
+                own_parameters(model, reference)
+            picked = {c: chosen.get(c.name) for c in candidates if c.name in losses}
             factorize_layers(model, reference, traced, picked, self, targets, context, recorder)
             prove_factorized(model, reference, lambda net: [context.data.forward(net, b) for b in checked], recorder)
             if timer is not None:
@@ -162,7 +168,8 @@ def _record(
 ) -> None:
     """Rows of layers that stay whole by choice, and the sums."""
     for candidate in candidates:
-        if candidate.name in losses and candidate.name not in chosen:
+        refitted = any(row.name == candidate.name for row in recorder.layers)
+        if candidate.name in losses and candidate.name not in chosen and not refitted:
             recorder.layers.append(
                 LayerRow(
                     name=candidate.name,

@@ -32,6 +32,10 @@ def data(seed: int, outputs: int = 4, inputs: int = 6, n: int = 300) -> tuple[Te
     return x0, x, torch.randn(outputs, inputs, generator=generator, dtype=torch.float64)
 
 
+def error_by(factors: Factors, moments: Moments) -> float:
+    return squared_error(factors.product, factors.shift, moments)
+
+
 def error_of(a: np.ndarray, b: np.ndarray, x: Tensor, target: Tensor) -> float:
     """Mean over rows of ‖t − A x − b‖², row by row."""
     return float(((target.numpy() - x.numpy() @ a.T - b) ** 2).sum(1).mean())
@@ -75,7 +79,7 @@ def test_what_a_rank_costs_are_the_energies_left_out(centre: bool) -> None:
     left_out = [float(found.energies[rank:].sum()) for rank in range(1, 5)]
     assert np.allclose(errors, errors[-1] + np.array(left_out), rtol=1e-7)
     for rank, error in zip(range(1, 5), errors):
-        assert squared_error(found.factors(rank), moments) == pytest.approx(error, rel=1e-9)
+        assert error_by(found.factors(rank), moments) == pytest.approx(error, rel=1e-9)
     about = target - target.mean(0) if centre else target
     assert target_energy(moments, centre) == pytest.approx(float(about.square().sum(1).mean()), rel=1e-9)
 
@@ -124,7 +128,7 @@ def test_plain_and_whitened_decompositions_are_no_better_on_its_own_objective() 
         u, s, v = torch.linalg.svd(weight, full_matrices=False)
         product = (u[:, :rank] * s[:rank]) @ v[:rank]
         plain = Factors(s[:rank, None] * v[:rank], u[:, :rank], moments.mean_target - product @ moments.mean)
-        errors = [squared_error(factors, moments) for factors in (fitted, whitened, plain)]
+        errors = [error_by(factors, moments) for factors in (fitted, whitened, plain)]
         assert errors[0] < 0.999 * min(errors[1:])
 
 
@@ -165,7 +169,7 @@ def test_degenerate_inputs_give_finite_factors_of_no_more_error_than_the_best_pl
     assert all(bool(torch.isfinite(t).all()) for t in (factors.first, factors.second, factors.shift))
     u, s, v = torch.linalg.svd(weight, full_matrices=False)
     plain = Factors(s[:2, None] * v[:2], u[:, :2], torch.zeros(4, dtype=torch.float64))
-    assert squared_error(factors, moments) <= squared_error(plain, moments) + 1e-12
+    assert error_by(factors, moments) <= error_by(plain, moments) + 1e-12
 
 
 def test_moments_that_rounding_made_indefinite_are_damped_until_they_are_a_covariance() -> None:

@@ -175,6 +175,7 @@ def test_more_is_refused_with_what_can_be_reached_and_less_where_nothing_is_to_d
         {"fraction": True},
         {"to": 0.5},
         {"fraction": 0.3, "solver": gc.solvers.LeastSquares()},
+        {"fraction": 0.3, "repair": gc.solvers.LowRank()},
         {"fraction": 0.3, "levels": 0},
         {"fraction": 0.3, "examples": 1.5},
         {"fraction": 0.3, "power": 0.0},
@@ -212,6 +213,38 @@ def test_it_is_nearer_to_the_original_than_the_plain_decomposition_at_the_same_r
     wanted = outputs(make(kind), kind)
     errors = [float((outputs(net, kind) - wanted).square().sum()) for net in (result.model, plain)]
     assert errors[0] < 0.9 * errors[1]
+
+
+def many() -> gc.Data:
+    """Enough examples for a least-squares fit of 32 inputs to hold for others."""
+    return gc.Data(calibration=[torch.randn(512, 16, generator=torch.Generator().manual_seed(i)) for i in range(9)])
+
+
+def test_a_repair_refits_whole_layers_behind_it_and_brings_the_outputs_nearer() -> None:
+    model: Any = make(Perceptron)
+    generator = torch.Generator().manual_seed(1)
+    low = torch.randn(32, 3, generator=generator) @ torch.randn(3, 16, generator=generator) / 4
+    model.fc1.weight.data = low + 0.3 * model.fc1.weight.data  # of nearly rank 3, so that this layer is chosen
+    wanted, errors = outputs(model, Perceptron), []
+    for repair in (gc.solvers.LeastSquares(), None):
+        step = gc.Factorize(0.1, repair=repair, correct=False)
+        result = gc.compress(model, step, many())
+        errors.append(float((outputs(result.model, Perceptron) - wanted).square().sum()))
+        actions = {row.name: row.action for row in result.report.steps[0].layers}
+        left = "kept" if repair is None else "refitted"
+        assert actions == {"fc1": "factorized", "fc2": left, "fc3": left}
+        assert torch.equal(result.model.fc3.weight, model.fc3.weight) == (repair is None)  # type: ignore[union-attr,arg-type]
+    assert errors[0] < errors[1]
+
+
+def test_a_repair_leaves_pruned_weights_at_zero() -> None:
+    recipe = gc.Recipe(gc.Prune(0.5, correct=False), gc.Factorize(0.4, repair=gc.solvers.LeastSquares()))
+    result = gc.compress(make(Perceptron), recipe, many())
+    refitted = [row.name for row in result.report.steps[1].layers if row.action == "refitted"]
+    assert refitted
+    for name in refitted:
+        weight = result.model.get_submodule(name).weight
+        assert int((weight == 0).sum()) >= 0.3 * weight.numel()  # type: ignore[union-attr,operator,arg-type]
 
 
 def test_the_plan_is_what_compress_then_does() -> None:
