@@ -86,7 +86,7 @@ def _factorize(
     by_targets = step.solver(prior, moments, centre).factors(rank)
     by_weight = step.solver(prior, symmetric(prior, moments.gram, moments.mean), centre).factors(rank)
     errors = [squared_error(factors.product, factors.shift, judged) for factors in (by_targets, by_weight)]
-    better = errors[0] <= errors[1]
+    better = errors[0] < errors[1]
     factors = by_targets if better else by_weight
     edit = swap_of(candidate, rank)
     apply(model, [edit])
