@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 #: A rank counts as faster if it saves more than so many standard errors of its measurement.
 CERTAIN = 2.0
+#: A share with a larger standard error, of a machine that was busy then, is not taken from the cache.
+TRUSTED = 0.02
 
 Ranks = Mapping[Candidate, Sequence[int]]
 
@@ -156,7 +158,7 @@ def _share(
 ) -> tuple[float, float, bool]:
     """What these layers together save at this rank, the standard error of that, and whether it was measured now."""
     share, error = cache.get(signature, rank), cache.get(f"{signature}:error", rank)
-    if share is not None and error is not None:
+    if share is not None and error is not None and error <= TRUSTED:
         return share, error, False
     trial, _ = factorize_at_random(model, dict.fromkeys(same, rank), context.generator("factors"))
     share = 1 - timer.relative(trial, seconds=EACH)
