@@ -68,7 +68,7 @@ class Factorize(Step):
     repair: LeastSquares | None = None
     levels: int = 8
     examples: int = 512
-    power: float = 0.5
+    power: float = 1.0
     multiple_of: int | None = None
     correct: bool = True
     exclude: tuple[str, ...] = ()

@@ -155,7 +155,7 @@ def _reason(name: str, layer: nn.Module, tied: Collection[str]) -> str | None:
     if getattr(layer, "groups", 1) != 1:
         return f"a convolution of {layer.groups} groups"
     if factorized_kind(layer) is None:
-        return "no factorized layer stands for this kind of layer"
+        return f"no factorized layer stands for one of type {type(layer).__name__}"
     if not name:
         return "the model is itself a layer; wrap it: nn.Sequential(model)"
     if layer._parameters.get("weight") is None:

@@ -238,7 +238,7 @@ def test_a_repair_refits_whole_layers_behind_it_and_brings_the_outputs_nearer() 
 
 
 def test_a_repair_leaves_pruned_weights_at_zero() -> None:
-    recipe = gc.Recipe(gc.Prune(0.5, correct=False), gc.Factorize(0.4, repair=gc.solvers.LeastSquares()))
+    recipe = gc.Recipe(gc.Prune(0.5, correct=False), gc.Factorize(0.4, repair=gc.solvers.LeastSquares(), power=0.5))
     result = gc.compress(make(Perceptron), recipe, many())
     refitted = [row.name for row in result.report.steps[1].layers if row.action == "refitted"]
     assert refitted
