@@ -266,11 +266,21 @@ def test_it_is_saved_and_loaded_bit_for_bit(kind: type[Any], tmp_path: Path) -> 
 
 
 @each_kind
-def test_the_export_computes_what_the_model_does(kind: type[Any], tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime")
+@pytest.mark.parametrize("target", [gc.OnnxRuntime(threads=1), gc.OpenVINO(threads=1)], ids=lambda t: t.name)
+def test_the_export_computes_what_the_model_does(kind: type[Any], target: Any, tmp_path: Path) -> None:
+    if target.available() is not None:
+        pytest.skip(target.available())
     result, _ = compress(kind, gc.Factorize(0.4))
-    evidence = gc.export(result.model, gc.OnnxRuntime(threads=1), tmp_path / "m.onnx", batches(kind)[0])
+    evidence = gc.export(result.model, target, tmp_path / f"m{target.suffix}", batches(kind)[0])
     assert evidence.parity.max_error < 1e-4
+
+
+@pytest.mark.parametrize("kind", [Perceptron, Convolutional])
+def test_quantized_factors_are_exported_too(kind: type[Any], tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    result, _ = compress(kind, gc.Recipe(gc.Factorize(0.4), gc.Quantize(gc.W8A8)))
+    evidence = gc.export(result.model, gc.OnnxRuntime(threads=1), tmp_path / "m.onnx", batches(kind)[0])
+    assert evidence.parity.max_error < 0.02 * float(outputs(result.model, kind).abs().max())  # a step of an 8-bit grid
 
 
 def test_factors_are_quantized_trained_and_pruned_like_other_layers() -> None:
