@@ -29,7 +29,7 @@ from gracile.recipe import Recipe, Step, only
 from gracile.report.model import Report
 from gracile.result import Result
 from gracile.select import Select
-from gracile.steps import Distill, Finetune, Gradual, Iterative, Prune, Quantize
+from gracile.steps import Distill, Factorize, Finetune, Gradual, Iterative, Prune, Quantize
 from gracile.targets import OnnxRuntime, OpenVINO, PyTorch
 from gracile.version import __version__
 
@@ -46,6 +46,7 @@ __all__ = [
     "Data",
     "DataError",
     "Distill",
+    "Factorize",
     "Finetune",
     "FixedPoint",
     "Goal",

@@ -62,7 +62,7 @@ class Recipe(Step):
             if not isinstance(step, Step):
                 raise ConfigError(
                     f"Recipe: {step!r} is not a step.\n"
-                    f"  Steps are Prune, Quantize, Distill, Finetune, Iterative, Gradual, only."
+                    f"  Steps are Prune, Factorize, Quantize, Distill, Finetune, Iterative, Gradual, only."
                 )
         object.__setattr__(self, "steps", tuple(steps))
 

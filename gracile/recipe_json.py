@@ -12,7 +12,7 @@ from gracile.config import from_config
 from gracile.errors import ConfigError
 from gracile.formats import W4A16, W8A8, W8A16, FixedPoint, Format, Int, Scheme
 from gracile.recipe import Recipe, Step, only
-from gracile.steps import SGD, AdamW, Distill, Finetune, Gradual, Iterative, Prune, Quantize
+from gracile.steps import SGD, AdamW, Distill, Factorize, Finetune, Gradual, Iterative, Prune, Quantize
 
 SCHEME_NAMES = "w8a8, w8a16, w4a16[:group], int2 ... int8 or fixed:factor"
 
@@ -28,8 +28,8 @@ def recipe_from_json(config: Any) -> Step:
     step = from_config(config, classes())
     if not isinstance(step, Step):
         raise ConfigError(
-            f"A recipe in JSON is an object with a 'type' (Prune, Quantize, Distill, Finetune, Iterative, Gradual, "
-            f"Recipe, Only) or a list of them, not {_shown(config)}.\n"
+            f"A recipe in JSON is an object with a 'type' (Prune, Factorize, Quantize, Distill, Finetune, Iterative, "
+            f"Gradual, Recipe, Only) or a list of them, not {_shown(config)}.\n"
             f'  For example: [{{"type": "Prune", "fraction": 0.3}}, {{"type": "Quantize", "scheme": "w8a8"}}]'
         )
     return step
@@ -42,7 +42,7 @@ def classes() -> dict[str, Callable[..., Any]]:
     members += [patterns.Unstructured, patterns.NM, patterns.Channels, patterns.Heads, patterns.Layers]
     members += [allocate.Uniform, allocate.GlobalRank, allocate.MeasuredLoss]
     members += [goal.MACs, goal.Parameters, goal.Bytes, goal.Latency]
-    members += [Distill, Finetune, Gradual, Iterative, Prune, SGD, AdamW]
+    members += [Distill, Factorize, Finetune, Gradual, Iterative, Prune, SGD, AdamW]
     found = {m.__name__: m for m in members if isinstance(m, type) and is_dataclass(m)}
     return found | {"Recipe": _recipe, "Only": _only, "Quantize": _quantize}
 

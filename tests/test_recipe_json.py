@@ -32,6 +32,8 @@ STEPS = [
     gc.Prune(0.5, pattern=gc.Channels(), repair=gc.solvers.LeastSquares()),
     gc.Prune(to=gc.MACs(0.5), pattern=(gc.Channels(multiple_of=4), gc.Heads()), criterion=gc.criteria.OBS(rounds=9)),
     gc.Prune(0.5, allocation=gc.allocate.GlobalRank(max_fraction=0.9, per_cost=True)),
+    gc.Factorize(0.3, solver=gc.solvers.LowRank(damping=0.1), levels=3, exclude=("head",)),
+    gc.Factorize(to=gc.Latency(0.5, target=gc.OnnxRuntime()), power=1, multiple_of=8, correct=False),
     gc.Quantize(gc.W8A8),
     gc.Quantize(gc.W8A16, ranges=gc.ranges.MinMax()),
     gc.Quantize(gc.W8A8, equalize=gc.equalize.SmoothQuant(alphas=(0.5, 0.7), minimum_gain=1.5)),

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 @click.option("--pattern", default=None, help="What is removed: weights, channels, heads, 2:4. [default: weights]")
 @click.option("--criterion", type=click.Choice(CRITERIA), help="What is kept. [default: magnitude]")
 @click.option(
+    "--factorize", "low_rank", type=float, metavar="FRACTION", help="Share of the weights that low rank removes: 0.3."
+)
+@click.option(
     "--distill", "epochs", type=click.IntRange(min=1), metavar="EPOCHS", help="Train to answer as the original."
 )
 @click.option("--quantize", "scheme", metavar="FORMAT", help="w8a8, w8a16, w4a16:32, int4, fixed:256.")
@@ -54,6 +57,7 @@ def compress_command(
     fraction: float | None,
     pattern: str | None,
     criterion: str | None,
+    low_rank: float | None,
     epochs: int | None,
     scheme: str | None,
     teacher: str | None,
@@ -65,7 +69,7 @@ def compress_command(
     run_dir: Path | None,
     class_name: str | None,
 ) -> None:
-    """Run steps in the order prune, distill, quantize; or those of a recipe.
+    """Run steps in the order prune, factorize, distill, quantize; or those of a recipe.
 
     With --target, the model before and after is exported, judged and timed there. Stopped at any time, the same command
     goes on where it was.
@@ -78,6 +82,7 @@ def compress_command(
         "--prune": fraction,
         "--pattern": pattern,
         "--criterion": criterion,
+        "--factorize": low_rank,
         "--distill": epochs,
         "--quantize": scheme,
     }
@@ -87,7 +92,7 @@ def compress_command(
             raise click.UsageError(f"--recipe holds all steps; leave out {', '.join(others)}.")
         step = read_recipe(recipe)
     else:
-        step = steps_from(fraction, pattern, criterion, epochs, scheme)
+        step = steps_from(fraction, pattern, criterion, low_rank, epochs, scheme)
     target = usable_target(target_name, precision, threads) if target_name is not None else None
     check_destination(out)
     network, data = load_model(model, class_name), load_data(data_name) if data_name is not None else None
@@ -108,14 +113,19 @@ def compress_command(
 
 
 def steps_from(
-    fraction: float | None, pattern: str | None, criterion: str | None, epochs: int | None, scheme: str | None
+    fraction: float | None,
+    pattern: str | None,
+    criterion: str | None,
+    low_rank: float | None,
+    epochs: int | None,
+    scheme: str | None,
 ) -> Step:
     """The steps that the options ask for; raises UsageError for none."""
     from gracile.criteria import Magnitude
     from gracile.patterns import NM, Unstructured
     from gracile.recipe import Recipe
     from gracile.recipe_json import scheme_named
-    from gracile.steps import Distill, Prune, Quantize
+    from gracile.steps import Distill, Factorize, Prune, Quantize
 
     cut = make_pattern(pattern) if pattern is not None else Unstructured()
     steps: list[Step] = []
@@ -125,12 +135,14 @@ def steps_from(
         )
     elif pattern is not None or criterion is not None:
         raise click.UsageError("--pattern and --criterion say what to prune; say how much: --prune 0.3.")
+    if low_rank is not None:
+        steps.append(Factorize(low_rank))
     if epochs is not None:
         steps.append(Distill(epochs=epochs))
     if scheme is not None:
         steps.append(Quantize(scheme_named(scheme)))
     if not steps:
-        raise click.UsageError("Nothing to do. Give --prune, --distill, --quantize or --recipe.")
+        raise click.UsageError("Nothing to do. Give --prune, --factorize, --distill, --quantize or --recipe.")
     return steps[0] if len(steps) == 1 else Recipe(*steps)
 
 

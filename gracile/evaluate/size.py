@@ -65,8 +65,8 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 def _weights(model: nn.Module) -> Iterator[Tensor]:
     yield from _distinct(model.parameters())
     for module in model.modules():
-        if "weight" in module._parameters or "weight" in module._buffers:
-            continue
+        if "weight" in module._parameters or "weight" in module._buffers or module._modules:
+            continue  # where it is a parameter or buffer, or made of those of submodules, it is counted as these are
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor):
             yield weight.detach()

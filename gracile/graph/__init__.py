@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gracile.graph.blocks import Block, find_blocks
-from gracile.graph.check import CutCheck, check_cut
+from gracile.graph.check import CutCheck, check_change, check_cut
 from gracile.graph.groups import Group, Member, tied_sets
 from gracile.graph.plan import cut_macs, plan_resize
 from gracile.graph.trace import LayerInfo, Trace, trace
@@ -15,6 +15,7 @@ __all__ = [
     "LayerInfo",
     "Member",
     "Trace",
+    "check_change",
     "check_cut",
     "cut_macs",
     "find_blocks",

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gracile.data import first_line
-from gracile.graph.float64 import computing_in_float64
+from gracile.graph.float64 import Change, computing_in_float64
 from gracile.graph.plan import Keep, checked_groups
 from gracile.graph.trace import Trace
 from gracile.graph.values import tensors_in
@@ -43,27 +43,44 @@ def check_cut(
 ) -> CutCheck:
     """Compare the cut model with the original whose units are zeroed in every consumer; neither model is changed."""
     groups = checked_groups(trace, keep)
+    found = check_change(original, _zeroing(trace, keep), cut, run, "cut")
+    reasons = dict.fromkeys(group.exact for group in groups.values() if group.exact is not None)
+    if found.exact or found.max_error is None or not reasons:
+        return found
+    return replace(found, reason="; ".join(reasons))
+
+
+def check_change(
+    original: nn.Module,
+    changes: Mapping[str, Change],
+    changed: nn.Module,
+    run: Callable[[nn.Module], Any],
+    how: str,
+) -> CutCheck:
+    """Compare a changed model with the original whose tensors are changed alike; neither model is altered.
+
+    changes: name of a parameter or buffer of the original -> what is done to its float64 copy. how: "cut", for reasons.
+    """
     try:
-        with unchanged(cut), torch.no_grad():
-            run(cut)  # as it will run: a kernel may refuse sizes that float64 takes
+        with unchanged(changed), torch.no_grad():
+            run(changed)  # as it will run: a kernel may refuse sizes that float64 takes
     except Exception as error:  # whatever the model's own code raises is the finding
-        return CutCheck(False, None, False, f"the cut model does not run: {first_line(error)}")
-    with unchanged(original), _same_chance(), computing_in_float64(original, _zeroing(trace, keep)):
+        return CutCheck(False, None, False, f"the {how} model does not run: {first_line(error)}")
+    with unchanged(original), _same_chance(), computing_in_float64(original, changes):
         expected = [_as_double(t) for t in tensors_in(run(original))]
     try:
-        with unchanged(cut), _same_chance(), computing_in_float64(cut):
-            found = [_as_double(t) for t in tensors_in(run(cut))]
+        with unchanged(changed), _same_chance(), computing_in_float64(changed):
+            found = [_as_double(t) for t in tensors_in(run(changed))]
     except Exception as error:  # whatever the model's own code raises is the finding
-        return CutCheck(False, None, False, f"the cut model does not run: {first_line(error)}")
+        return CutCheck(False, None, False, f"the {how} model does not run: {first_line(error)}")
     if [t.shape for t in expected] != [t.shape for t in found]:
-        return CutCheck(True, None, False, "the cut model's outputs have other shapes")
+        return CutCheck(True, None, False, f"the {how} model's outputs have other shapes")
     differences = [_difference(a, b) for a, b in zip(expected, found) if a.numel()]
     relative = float(torch.tensor([0.0, *differences], dtype=torch.float64).max())  # NaN where any is
     if relative <= TOLERANCE:
         return CutCheck(True, relative, True, None)
-    reasons = dict.fromkeys(group.exact for group in groups.values() if group.exact is not None)
     finite = all(bool((b.isfinite() | ~a.isfinite()).all()) for a, b in zip(expected, found))
-    return CutCheck(True, relative, False, "; ".join(reasons) or "the cut model computes something else", finite)
+    return CutCheck(True, relative, False, f"the {how} model computes something else", finite)
 
 
 @contextmanager

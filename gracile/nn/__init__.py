@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from gracile.errors import ArtifactError
+from gracile.nn.factorized import Factorized, FactorizedConv, FactorizedLinear, factorized_kind
 from gracile.nn.grid import begin_training, end_training
 from gracile.nn.quantized import QuantizedConv, QuantizedEmbedding, QuantizedLayer, QuantizedLinear, quantized_kind
 from gracile.nn.skip import Skip
 
 __all__ = [
+    "Factorized",
+    "FactorizedConv",
+    "FactorizedLinear",
     "QuantizedConv",
     "QuantizedEmbedding",
     "QuantizedLayer",
@@ -20,11 +25,14 @@ __all__ = [
     "begin_training",
     "build_layer",
     "end_training",
+    "factorized_kind",
     "quantize_layer",
     "quantized_kind",
 ]
 
-_LAYERS: dict[str, type[QuantizedLayer]] = {
+_LAYERS: dict[str, Callable[[Any, dict[str, Any]], nn.Module]] = {
+    "FactorizedLinear": FactorizedLinear,
+    "FactorizedConv": FactorizedConv,
     "QuantizedLinear": QuantizedLinear,
     "QuantizedConv": QuantizedConv,
     "QuantizedEmbedding": QuantizedEmbedding,
@@ -34,9 +42,9 @@ _LAYERS: dict[str, type[QuantizedLayer]] = {
 def build_layer(layer: str, config: dict[str, Any], old: nn.Module) -> nn.Module:
     """The layer named, with its configuration, taking shapes, bias and device from the layer it replaces.
 
-    layer: "QuantizedLinear", "QuantizedConv", "QuantizedEmbedding" (their values still to be set or loaded), or
-        "Identity" for a batch norm folded away, "Skip" for a residual block left out. Anything else raises
-        ArtifactError.
+    layer: "QuantizedLinear", "QuantizedConv", "QuantizedEmbedding", "FactorizedLinear", "FactorizedConv" (their values
+        still to be set or loaded), or "Identity" for a batch norm folded away, "Skip" for a residual block left out.
+        Anything else raises ArtifactError.
     """
     if layer == "Identity":
         return nn.Identity()

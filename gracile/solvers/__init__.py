@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from gracile.solvers.base import Moments
 from gracile.solvers.least_squares import LeastSquares
+from gracile.solvers.low_rank import LowRank
 
-__all__ = ["LeastSquares", "Moments"]
+__all__ = ["LeastSquares", "LowRank", "Moments"]

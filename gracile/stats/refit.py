@@ -41,7 +41,7 @@ class Refit:
 
     model: nn.Module
     targets: Targets
-    solver: LeastSquares
+    solver: LeastSquares = field(default_factory=LeastSquares)
     kept: Mapping[str, Tensor] = field(default_factory=dict)
     norms: Mapping[str, str] = field(default_factory=dict)
 
@@ -137,20 +137,21 @@ class Refit:
 
 
 class Sums:
-    """Running sums of x xᵀ, t xᵀ, x and t over batches, x: [n, d] and t: [n, out]."""
+    """Running sums of x xᵀ, t xᵀ, x, t and t² over batches, x: [n, d] and t: [n, out]."""
 
     def __init__(self) -> None:
         self.parts: list[Tensor] = []
         self.count = 0
 
     def add(self, x: Tensor, t: Tensor) -> None:
-        parts = [part.double().cpu() for part in (x.T @ x, t.T @ x, x.sum(0), t.sum(0))]
+        x, t = (a if a.dtype == torch.float64 else a.float() for a in (x, t))  # lower precision is none for sums
+        parts = [part.double().cpu() for part in (x.T @ x, t.T @ x, x.sum(0), t.sum(0), t.square().sum(0))]
         self.parts = [a + b for a, b in zip(self.parts, parts, strict=True)] if self.parts else parts
         self.count += len(x)
 
     def moments(self) -> Moments:
-        gram, cross, mean, mean_target = (part / self.count for part in self.parts)
-        return Moments((gram + gram.T) / 2, cross, mean, mean_target)
+        gram, cross, mean, mean_target, square_target = (part / self.count for part in self.parts)
+        return Moments((gram + gram.T) / 2, cross, mean, mean_target, square_target)
 
 
 def refit(repair: Refit, layers: Sequence[str], *, on_layer: Callable[[int], None] | None = None) -> dict[str, str]:

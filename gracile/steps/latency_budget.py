@@ -19,28 +19,30 @@ from gracile.graph import Group, Trace, cut_macs, tied_sets
 from gracile.recipe import Recorder
 from gracile.steps.budget import Keep, cut_copy
 from gracile.steps.latency_cache import LatencyCache, identity_of
+from gracile.steps.latency_search import search_within
 from gracile.steps.latency_table import LatencyTable, measure_latency_table, saved_macs
 from gracile.steps.timing import Timer
 
 if TYPE_CHECKING:
+    from gracile.steps.factorize import Factorize
     from gracile.steps.prune import Prune
 
-#: The latency aimed at, and the lowest that is near enough, as shares of the budget.
-AIM, NEAR = 0.985, 0.95
-#: Cuts timed at most until one is near enough.
-ATTEMPTS = 10
 BISECTIONS = 20
 
 
 @dataclass
 class LatencyBudget:
-    """A budget, and the tables that predict for it."""
+    """A budget, the tables that predict for it, and what measuring has taught about their predictions so far.
+
+    correction: what a cut saved by measurement, as a multiple of what the tables say.
+    """
 
     budget: Latency
     timer: Timer
     table: LatencyTable
     model: nn.Module
     traced: Trace
+    correction: float = 1.0
     _macs: dict[tuple[str, int], int] = field(default_factory=dict)
     _measured: dict[tuple[tuple[str, int], ...], float] = field(default_factory=dict)
 
@@ -61,32 +63,21 @@ class LatencyBudget:
             raise ConfigError(
                 f"Prune(to={self.budget}): the model is within this budget already ({self.timer.whole_ms:.3g} ms)."
             )
-        aim = AIM * limit
-        tried: list[Keep] = []
-        # By saving predicted: the most that is still too slow, and the least that is within the budget, as measured.
-        slow, fast, best = (0.0, 1.0), None, None
-        nearest, wanted = 1.0, 1 - aim
-        for _ in range(ATTEMPTS):
-            keep = self._least(levels, allocation, keep_of, wanted)
-            if keep in tried:
-                break
-            tried.append(keep)
-            predicted, measured = self.predict(keep), self.measure(keep)
-            nearest = min(nearest, measured)
-            if measured > limit:
-                slow = max(slow, (predicted, measured))
-            elif best is None or measured > best[0]:
-                fast, best = (predicted, measured), (measured, keep)
-            if best is not None and best[0] >= NEAR * limit:
-                break
-            wanted = _next_wanted(slow, fast, aim)
-        if best is None:
+        found = search_within(
+            limit,
+            lambda wanted: self._least(levels, allocation, keep_of, wanted),
+            self.predict,
+            self.measure,
+            self.correction,
+        )
+        self.correction = found.correction
+        if found.choice is None:
             raise ConfigError(
                 f"Prune(to={self.budget}): cannot be met; the nearest that was reached by cutting is "
-                f"{nearest * self.timer.whole_ms:.3g} ms of {self.timer.whole_ms:.3g} ms ({nearest:.3f}).\n"
+                f"{found.nearest * self.timer.whole_ms:.3g} ms of {self.timer.whole_ms:.3g} ms ({found.nearest:.3f}).\n"
                 f"  Ask for at least that, or allow more layers to be cut."
             )
-        return best[1]
+        return found.choice
 
     @property
     def limit(self) -> float:
@@ -161,20 +152,6 @@ class LatencyBudget:
         return self._macs[key]
 
 
-def _next_wanted(slow: tuple[float, float], fast: tuple[float, float] | None, aim: float) -> float:
-    """The saving to ask of the tables next, from what was predicted and measured: (saving, latency), shares both.
-
-    slow: the most that was too slow; fast: the least that was within the budget, or None as yet. Between the two in
-    proportion, but at least a tenth of the way from either; beyond `slow` as far as its prediction was wrong, and more.
-    """
-    if fast is None:
-        saved = 1 - slow[1]
-        factor = (1 - aim) / saved if saved > 0 else 2.0
-        return max(slow[0] * min(factor, 2.0), slow[0] + 0.03 * aim)
-    part = (slow[1] - aim) / (slow[1] - fast[1])
-    return slow[0] + min(max(part, 0.1), 0.9) * (fast[0] - slow[0])
-
-
 def with_vector_widths(step: Prune) -> Prune:
     """The step, its allocation trying widths that fill vector registers unless it says which."""
     assert isinstance(step.allocation, MeasuredLoss)
@@ -218,8 +195,8 @@ def prepare_latency(
     return LatencyBudget(step.to, timer, table, model, traced)
 
 
-def record_latency(model: nn.Module, timer: Timer, step: Prune, recorder: Recorder) -> None:
-    """Time the model as it was cut beside the whole one, and record both."""
+def record_latency(model: nn.Module, timer: Timer, step: Prune | Factorize, recorder: Recorder) -> None:
+    """Time the model as it is now beside the whole one, and record both."""
     assert isinstance(step.to, Latency)
     measured = timer.relative(model) * timer.whole_ms
     recorder.numbers["latency_before_ms"] = timer.whole_ms

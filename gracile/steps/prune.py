@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass, replace
-from functools import partial
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from gracile.allocate import GlobalRank, MeasuredLoss, Uniform
-from gracile.context import Context, derive_seed
+from gracile.context import Context
 from gracile.criteria import Magnitude
 from gracile.data import Data
 from gracile.errors import ConfigError, DataError
 from gracile.goal import Budget, Latency
-from gracile.graph import trace
 from gracile.layer_stats import GATE_STATS, GRADIENT_STATS
 from gracile.patterns import NM, Channels, Heads, Layers, Unstructured
 from gracile.recipe import Recorder, Step
 from gracile.report.model import StepRecord
 from gracile.select import check_exclude
-from gracile.sharing import own_parameters, share_parameters
 from gracile.solvers import LeastSquares
-from gracile.stats.collect import first_batch
+from gracile.steps.plan import plan_step
 from gracile.steps.prune_jointly import prune_jointly
 from gracile.steps.prune_layers import prune_layers
 from gracile.steps.prune_units import prune_units
@@ -190,19 +186,7 @@ class Prune(Step):
         each group that would be cut or is left out with its reason; `numbers` holds parameters and multiply-accumulates
         of one example before and after. Raises what the step would raise.
         """
-        original, work = share_parameters(model).eval(), share_parameters(model)
-        if not self.replaces_tensors:
-            own_parameters(work, model)
-        context = Context(data=data, original=original, teacher=original, target=target, seed=derive_seed(seed, 0))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(seed, "step", 0))
-            record = self(work, context)
-        numbers = dict(record.numbers)
-        for label, net in (("before", original), ("after", work)):
-            numbers[f"parameters_{label}"] = float(sum(p.numel() for p in net.parameters()))
-            if data.has_calibration:
-                numbers[f"macs_{label}"] = float(trace(net, partial(data.forward, batch=first_batch(data))).macs)
-        return replace(record, numbers=numbers)
+        return plan_step(self, model, data, target, seed)
 
     def __call__(self, model: nn.Module, context: Context) -> StepRecord:
         self.check(model, context)

@@ -46,6 +46,11 @@ class Timer:
         """The largest standard error of a share of the whole model's latency so far; it grows with what else runs."""
         return max(self._errors)
 
+    @property
+    def last_error(self) -> float:
+        """The standard error of the share measured last."""
+        return self._errors[-1]
+
     def relative(self, model: nn.Module, seconds: float = CAREFUL) -> float:
         """The model's latency as a share of the whole one's. Raises TargetError where it cannot be exported."""
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
@@ -71,24 +76,29 @@ class Timer:
 
 
 @contextmanager
-def timer_for(budget: Budget | None, model: nn.Module, context: Context, batch: Batch) -> Iterator[Timer | None]:
-    """A timer with the model loaded on the budget's target; None where the budget is none of latency."""
+def timer_for(
+    budget: Budget | None, model: nn.Module, context: Context, batch: Batch, step: str = "Prune"
+) -> Iterator[Timer | None]:
+    """A timer with the model loaded on the budget's target; None where the budget is none of latency.
+
+    step: the name of the step, for errors.
+    """
     if not isinstance(budget, Latency):
         yield None
         return
     with tempfile.TemporaryDirectory(prefix="gracile-", ignore_cleanup_errors=True) as folder:
-        yield Timer(model, target_of(budget, context), batch, Path(folder), context)
+        yield Timer(model, target_of(budget, context, step), batch, Path(folder), context)
 
 
-def target_of(budget: Latency, context: Context) -> Any:
+def target_of(budget: Latency, context: Context, step: str = "Prune") -> Any:
     """The runtime to measure on; raises ConfigError where none is given, TargetError where it is not installed."""
     target = budget.target or context.target
     if target is None:
         raise ConfigError(
-            f"Prune(to={budget}): no target to measure on.\n  Pass Latency(0.5, target=OnnxRuntime()), or "
+            f"{step}(to={budget}): no target to measure on.\n  Pass Latency(0.5, target=OnnxRuntime()), or "
             f"compress(..., target=OnnxRuntime())."
         )
     missing = target.available()
     if missing is not None:
-        raise TargetError(f"Prune(to={budget}): the target {target.name} cannot be used here: {missing}")
+        raise TargetError(f"{step}(to={budget}): the target {target.name} cannot be used here: {missing}")
     return target

@@ -17,17 +17,20 @@ DATA = ("--data", "shop:make_data")
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ((0.3, None, None, None, None), gc.Prune(0.3)),
-        ((0.3, "channels", "taylor", None, None), gc.Prune(0.3, criterion=gc.Taylor(), pattern=gc.Channels())),
-        ((None, "2:4", "hessian", None, None), gc.Prune(criterion=gc.Hessian(), pattern=gc.NM(2, 4))),
-        ((None, None, None, 2, None), gc.Distill(epochs=2)),
+        ((0.3, None, None, None, None, None), gc.Prune(0.3)),
+        ((0.3, "channels", "taylor", None, None, None), gc.Prune(0.3, criterion=gc.Taylor(), pattern=gc.Channels())),
+        ((None, "2:4", "hessian", None, None, None), gc.Prune(criterion=gc.Hessian(), pattern=gc.NM(2, 4))),
+        ((None, None, None, None, 2, None), gc.Distill(epochs=2)),
+        ((None, None, None, 0.25, None, None), gc.Factorize(0.25)),
         (
-            (0.5, "heads", None, 3, "w4a16:32"),
-            gc.Recipe(gc.Prune(0.5, pattern=gc.Heads()), gc.Distill(epochs=3), gc.Quantize(gc.W4A16(32))),
+            (0.5, "heads", None, 0.3, 3, "w4a16:32"),
+            gc.Recipe(
+                gc.Prune(0.5, pattern=gc.Heads()), gc.Factorize(0.3), gc.Distill(epochs=3), gc.Quantize(gc.W4A16(32))
+            ),
         ),
     ],
 )
-def test_options_become_steps_in_the_order_prune_distil_quantize(options, expected):
+def test_options_become_steps_in_the_order_prune_factorize_distil_quantize(options, expected):
     assert steps_from(*options) == expected
 
 

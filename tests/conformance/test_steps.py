@@ -72,6 +72,8 @@ MEMBERS = [
     Member(gc.Prune(0.3, pattern=gc.Channels()), keeps_shapes=False),
     Member(gc.Prune(to=gc.MACs(0.7), pattern=gc.Channels()), keeps_shapes=False),
     Member(gc.Prune(0.25, pattern=gc.Heads()), keeps_shapes=False, models=("transformer",)),
+    Member(gc.Factorize(0.3), keeps_shapes=False),
+    Member(gc.Factorize(to=gc.MACs(0.7), correct=False), keeps_shapes=False),
     Member(gc.Quantize(gc.W8A8), keeps_floats=False, quantizes_inputs=True),
     Member(gc.Quantize(gc.W8A16, ranges=gc.ranges.MinMax()), keeps_floats=False),
     Member(gc.Quantize(gc.Int(4)), keeps_floats=False),
@@ -167,10 +169,13 @@ def test_hooks_modes_and_flags_are_as_before(member: Member, name: str) -> None:
     modes = {n: m.training for n, m in model.named_modules()}
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
     run(member, name, model)
-    assert {n: m.training for n, m in model.named_modules()} == modes
+    inside = {n.rpartition(".")[0]: n for n, _ in model.named_modules() if n not in modes}  # of layers made of two
+    assert {n: m.training for n, m in model.named_modules() if n in modes} == modes
+    assert all(model.get_submodule(n).training == modes[layer] for layer, n in inside.items())
     assert not bias.requires_grad
     folded = member.quantizes_inputs  # a bias may be new there
-    assert folded or {n for n, p in model.named_parameters() if not p.requires_grad} == frozen
+    now = {n.replace(".second.bias", ".bias") for n, p in model.named_parameters() if not p.requires_grad}
+    assert folded or now == frozen
     for module in model.modules():
         for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             assert not getattr(module, hooks)
@@ -223,7 +228,7 @@ def test_every_layer_with_weights_is_accounted_for(member: Member, name: str) ->
             if mine and not changed:
                 assert mine[0].action == "skipped" or mine[0].sparsity == 0
     if not member.keeps_shapes:
-        cut = [row for row in record.layers if row.action == "cut"]
+        cut = [row for row in record.layers if row.action in ("cut", "factorized")]
         assert cut and all(row.kept is not None and row.of is not None and 0 < row.kept < row.of for row in cut)
 
 
@@ -275,7 +280,7 @@ def test_the_same_step_under_only_leaves_other_layers_alone(member: Member, name
     before = {n: v.clone() for n, v in model.state_dict().items()}
     step = gc.only(layer, dataclasses.replace(member.step, correct=False, **_shorter(member)))  # type: ignore[type-var]
     record = step(model, context(name, model))
-    changed = {row.name for row in record.layers if row.action in ("pruned", "quantized", "cut")}
+    changed = {row.name for row in record.layers if row.action in ("pruned", "quantized", "cut", "factorized")}
     assert changed == {layer}
     for n, value in before.items():
         owner = n.rpartition(".")[0]

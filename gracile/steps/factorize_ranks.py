@@ -1,0 +1,178 @@
+"""Ranks of layers: what each does to the outputs and saves, measured for one layer at a time, and the best choice."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gracile.context import Context
+from gracile.data import logits_of
+from gracile.errors import ConfigError
+from gracile.evaluate.size import state_bytes
+from gracile.goal import Budget, Bytes, MACs, Parameters
+from gracile.graph import Trace
+from gracile.knapsack import choose_options
+from gracile.modes import eval_mode
+from gracile.recipe import Recorder
+from gracile.solvers.low_rank import Factors
+from gracile.stats.match import divergence
+from gracile.stats.refit import Refit
+from gracile.stats.replay import Replay
+from gracile.stats.targets import Targets
+from gracile.steps.factorize_select import Candidate
+from gracile.steps.tables import outputs_of, some_batches
+
+if TYPE_CHECKING:
+    from gracile.steps.factorize import Factorize
+
+
+@dataclass(frozen=True)
+class Option:
+    """A rank that a layer may take: what that does to the outputs, and what it saves. rank: None leaves it whole."""
+
+    rank: int | None
+    loss: float
+    saved: float
+
+
+Options = dict[str, list[Option]]  # by layer; staying whole is among them
+
+
+def ranks_of(candidate: Candidate, levels: int, multiple_of: int) -> list[int]:
+    """Ranks to try, ascending: equal steps up to where nothing is saved, which is left out.
+
+    Rounded to multiples of the largest power of two up to `multiple_of` that the largest holds twice.
+    """
+    largest = candidate.largest_rank()
+    step = 1
+    while 2 * step <= multiple_of and 4 * step <= largest:
+        step *= 2
+    even = (largest * i / (levels + 1) for i in range(1, levels + 2))
+    return sorted({max(1, min(round(rank / step), largest // step)) * step for rank in even})
+
+
+def measure_losses(
+    model: nn.Module,
+    traced: Trace,
+    ranks: Mapping[Candidate, Sequence[int]],
+    step: Factorize,
+    targets: Targets,
+    context: Context,
+    recorder: Recorder,
+) -> dict[str, dict[int, float]]:
+    """Layer -> rank -> divergence of the outputs from the model's, this layer alone being of that rank.
+
+    On the inputs of the model as it is, whose outputs are the targets. Nothing is factorized: the product is put in the
+    weight's place. Ranks with which outputs are not finite are left out, and so is a layer that has no other.
+    """
+    batches = some_batches(context.data, step.examples)
+    trial = copy.deepcopy(model).eval()
+    references = outputs_of(trial, context.data, batches)
+    replay, repair = Replay(trial, context.data, batches), Refit(trial, targets, norms=dict(traced.batch_norm_pairs()))
+    losses: dict[str, dict[int, float]] = {}
+    with eval_mode(model):
+        for done, (candidate, tried) in enumerate(ranks.items()):
+            name = candidate.name
+            moments = repair.measure(name)
+            if not bool(torch.isfinite(moments.gram).all() & torch.isfinite(moments.cross).all()):
+                recorder.skip(name, candidate.kind, "its inputs or outputs are not finite")
+                continue
+            weight: Tensor = trial.get_submodule(name).weight.detach()  # type: ignore[operator,union-attr,assignment]
+            found = step.solver(weight.flatten(1).cpu(), moments, repair.centred(name))
+            replay.seek(name)
+            losses[name] = {}
+            for rank in tried:
+                undo = _put(trial, name, found.factors(rank), repair.norms)
+                with torch.no_grad():
+                    loss = divergence([logits_of(replay.run(i)) for i in range(len(batches))], references)
+                    for tensor, value in undo:
+                        tensor.copy_(value)
+                if math.isfinite(loss):
+                    losses[name][rank] = loss
+            if not losses[name]:
+                recorder.skip(name, candidate.kind, "outputs are not finite with it factorized")
+            context.progress("rank tables", done + 1, len(ranks))
+    return {name: found for name, found in losses.items() if found}
+
+
+def options_of(
+    candidates: Sequence[Candidate], losses: Mapping[str, Mapping[int, float]], budget: Budget | None
+) -> Options:
+    """What each rank saves in the budget's unit, exactly; weights where there is no budget."""
+
+    def saved(candidate: Candidate, rank: int) -> float:
+        weights = candidate.weights - candidate.weights_at(rank)
+        if isinstance(budget, MACs):
+            return candidate.macs * weights / candidate.weights
+        return float(weights * candidate.element_bytes if isinstance(budget, Bytes) else weights)
+
+    return {
+        c.name: [Option(None, 0.0, 0.0), *(Option(r, loss, saved(c, r)) for r, loss in losses[c.name].items())]
+        for c in candidates
+        if c.name in losses
+    }
+
+
+def amount_to_save(
+    options: Options, candidates: Sequence[Candidate], step: Factorize, model: nn.Module, traced: Trace
+) -> float:
+    """How much is to go, in the unit of the options. Raises ConfigError, naming what can be reached, for too much."""
+    most = sum(max(option.saved for option in row) for row in options.values())
+    if step.fraction is not None:
+        whole = sum(candidate.weights for candidate in candidates)
+        amount = step.fraction * whole
+        if amount > most:
+            raise ConfigError(
+                f"Factorize({step.fraction:g}): at the lowest ranks tried, {most / whole:.3f} of the {whole} weights "
+                f"of {len(candidates)} layers go.\n  Ask for less; more levels= try lower ranks."
+            )
+        return amount
+    assert step.to is not None
+    original = _whole_cost(step.to, model, traced)
+    amount = original - step.to.limit(original)
+    if amount <= 0:
+        raise ConfigError(f"Factorize(to={step.to}): the model is within this budget already ({original:g}).")
+    if amount > most:
+        raise ConfigError(
+            f"Factorize(to={step.to}): cannot be met; the nearest that can be reached by the lowest ranks tried is "
+            f"{original - most:g} of {original:g} ({1 - most / original:.3f}).\n  Ask for at least that, allow more "
+            f"layers to be factorized, or try lower ranks by more levels=."
+        )
+    return amount
+
+
+def choose_ranks(options: Options, amount: float, power: float) -> dict[str, int]:
+    """The rank of each layer that does not stay whole: Σ loss^power the least that saves the amount."""
+    picked = choose_options([[(o.loss**power, o.saved) for o in row] for row in options.values()], amount)
+    chosen = {name: row[i].rank for (name, row), i in zip(options.items(), picked)}
+    return {name: rank for name, rank in chosen.items() if rank is not None}
+
+
+def _whole_cost(budget: Budget, model: nn.Module, traced: Trace) -> float:
+    if isinstance(budget, MACs):
+        return float(traced.macs)
+    assert isinstance(budget, (Parameters, Bytes))
+    return float(state_bytes(model) if isinstance(budget, Bytes) else sum(p.numel() for p in model.parameters()))
+
+
+@torch.no_grad()
+def _put(model: nn.Module, name: str, factors: Factors, norms: Mapping[str, str]) -> list[tuple[Tensor, Tensor]]:
+    """Let the layer compute with the product of the factors; returns the tensors changed, with their old values."""
+    layer: Any = model.get_submodule(name)
+    changed = [(layer.weight, factors.product.reshape(layer.weight.shape))]
+    if layer.bias is not None:
+        changed.append((layer.bias, layer.bias.double().cpu() + factors.shift))
+    elif name in norms:
+        norm: Any = model.get_submodule(norms[name])
+        if norm.running_mean is not None:  # without, it takes out the mean of the batch by itself
+            changed.append((norm.running_mean, norm.running_mean.double().cpu() - factors.shift))
+    undo = [(tensor, tensor.detach().clone()) for tensor, _ in changed]
+    for tensor, value in changed:
+        tensor.copy_(value)
+    return undo
