@@ -4,8 +4,9 @@
 
 All images are of train20k; test5k only judges the result. The nets have memorised these images, so that what a cut does
 to them says little: the batches that the allocation is judged by, the first of every eight, hold others, flipped and
-shifted. --tune: epochs of distillation from the original on augmented train20k after the cut, labels unused; with
---cuts above 1 the cut is made in so many parts between the first half of these epochs.
+shifted. --low-rank: the part of the way to the budget, by ratio, that is left to Factorize after the cut. --tune:
+epochs of distillation from the original on augmented train20k after the cut, labels unused; with --cuts above 1 the cut
+is made in so many parts between the first half of these epochs.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=["OBS"], help="names, or: all")
     parser.add_argument("--ratios", type=float, nargs="+", default=[1.5, 2.0])
     parser.add_argument("--calibration", type=int, default=2058)
+    parser.add_argument("--low-rank", type=float, default=0.0)
     parser.add_argument("--tune", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=0.01)
     parser.add_argument("--mixup", type=float, default=0.5)
@@ -96,6 +98,10 @@ def main() -> None:
                 continue
             start = time.perf_counter()
             step: gc.Step = gc.Prune(to=gc.MACs(1 / ratio), **settings)
+            if args.low_rank:
+                thin = gc.Factorize(to=gc.MACs(1 / ratio, way=args.low_rank), repair=gc.solvers.LeastSquares())
+                cut = gc.MACs(1 / ratio, way=1 - args.low_rank) if args.low_rank < 1 else None
+                step = gc.Recipe(gc.Prune(to=cut, **settings), thin) if cut is not None else thin
             if args.tune:
                 distil = gc.Distill(
                     losses=(gc.SoftLabels(temperature=3.0),),
