@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +151,9 @@ def run_steps(
             run.finish_step(index, work, edits, records)
     context.progress("step", len(todo), len(todo))
     own_parameters(work, model)
-    if edits and not any(isinstance(edit, Swap) for edit in edits):
-        configured, notes = configured_sizes(work, partial(data.forward, batch=first_batch(data)))
+    cut = any(record.edits for record in records)
+    if cut and not any(isinstance(edit, Swap) for edit in edits):
+        configured, notes = configured_sizes(work, lambda net: data.forward(net, first_batch(data)))
         apply(work, configured)
         edits.extend(configured)
         records[-1] = replace(records[-1], notes=(*records[-1].notes, *notes))

@@ -150,3 +150,9 @@ def test_models_without_a_config_and_steps_that_change_no_size_are_told_nothing(
     assert not notes(result)
     result = gc.compress(bert(), gc.Prune(0.25), gc.Data(calibration=[IDS]))
     assert not notes(result)
+
+
+def test_a_model_cut_before_needs_no_data_for_a_step_that_needs_none() -> None:
+    cut_before = cut(bert(), IDS, pattern=gc.Channels()).model
+    result = gc.compress(cut_before, gc.Prune(0.25))
+    assert not notes(result) and result.report.steps[-1].numbers["sparsity"] == pytest.approx(0.25, abs=0.01)
