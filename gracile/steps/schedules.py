@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 from torch import nn
 
@@ -18,8 +19,21 @@ from gracile.steps.distill import Distill, Finetune
 from gracile.steps.prune import Prune
 
 
+class _Schedule(Step):
+    """A cut and a training that unroll into parts of both."""
+
+    train: Any
+
+    def check(self, model: nn.Module, context: Context) -> None:
+        self.leaves()[0].check(model, context)
+        self.train.check(model, context)
+
+    def __call__(self, model: nn.Module, context: Context) -> StepRecord:
+        return run_in_order(self, self.leaves(), model, context)
+
+
 @dataclass(frozen=True)
-class Iterative(Step):
+class Iterative(_Schedule):
     """Prune, train, prune further, train again: `rounds` times, each round removing the same share of what is left.
 
     prune: the whole cut, a `Prune` or `only(pattern, Prune(...))`. A fraction f of single weights is 1 − (1 − f)^(k/n)
@@ -48,20 +62,13 @@ class Iterative(Step):
         cuts = _cuts(self.prune, done, lambda fraction, share: 1 - (1 - fraction) ** share)
         return [leaf for cut in cuts for step in (cut, self.train) for leaf in step.leaves()]
 
-    def check(self, model: nn.Module, context: Context) -> None:
-        self.leaves()[0].check(model, context)
-        self.train.check(model, context)
-
-    def __call__(self, model: nn.Module, context: Context) -> StepRecord:
-        return run_in_order(self, self.leaves(), model, context)
-
     @property
     def title(self) -> str:
         return f"{self.rounds} rounds of: {self.prune.title}; {self.train.title}"
 
 
 @dataclass(frozen=True)
-class Gradual(Step):
+class Gradual(_Schedule):
     """Train once, and prune in `rounds` cuts between its first epochs: much at first, less and less later.
 
     prune: the whole cut, a `Prune` or `only(pattern, Prune(...))`. After cut k of n the share 1 − (1 − k/n)³ of it is
@@ -105,13 +112,6 @@ class Gradual(Step):
             part = replace(self.train, epochs=end - start, span=(start / epochs, end / epochs))
             found += [*cut.leaves(), part]
         return found
-
-    def check(self, model: nn.Module, context: Context) -> None:
-        self.leaves()[0].check(model, context)
-        self.train.check(model, context)
-
-    def __call__(self, model: nn.Module, context: Context) -> StepRecord:
-        return run_in_order(self, self.leaves(), model, context)
 
     @property
     def title(self) -> str:
