@@ -72,12 +72,19 @@ class LatencyBudget:
         )
         self.correction = found.correction
         if found.choice is None:
-            raise ConfigError(
-                f"Prune(to={self.budget}): cannot be met; the nearest that was reached by cutting is "
-                f"{found.nearest * self.timer.whole_ms:.3g} ms of {self.timer.whole_ms:.3g} ms ({found.nearest:.3f}).\n"
-                f"  Ask for at least that, or allow more layers to be cut."
-            )
+            raise self._beyond(found.nearest)
         return found.choice
+
+    def most(self, groups: Sequence[Group]) -> dict[str, int]:
+        """The most units that the tables know how to remove, by group."""
+        sets = tied_sets(groups).items()
+        return {g.name: max(self.table.saved.get(name, {}), default=0) for name, members in sets for g in members}
+
+    def check_within_reach(self, narrowest: Keep) -> None:
+        """Raise the error of `meet` where the smallest widths are clearly too slow, before any loss is measured."""
+        reached = self.measure(narrowest)
+        if reached - 2 * self.timer.last_error / self.timer.share > self.limit:
+            raise self._beyond(reached)
 
     @property
     def limit(self) -> float:
@@ -124,6 +131,13 @@ class LatencyBudget:
         if widths not in self._measured:
             self._measured[widths] = self.timer.relative(cut_copy(self.model, self.traced, keep))
         return self._measured[widths]
+
+    def _beyond(self, nearest: float) -> ConfigError:
+        return ConfigError(
+            f"Prune(to={self.budget}): cannot be met; the nearest that was reached by cutting is "
+            f"{nearest * self.timer.whole_ms:.3g} ms of {self.timer.whole_ms:.3g} ms ({nearest:.3f}).\n"
+            f"  Ask for at least that, or allow more layers to be cut."
+        )
 
     def _least(
         self,

@@ -222,6 +222,7 @@ def _by_measured_loss(
         latency = prepare_latency(
             scored.model, scored.traced, scored.groups, step, context, scored.batch, timer, recorder
         )
+        latency.check_within_reach(keep_highest(scored.groups, scored.scores, latency.most(scored.groups), step))
     assert isinstance(step.allocation, MeasuredLoss)
     tables = measure_tables(scored, step.allocation, context)
     keep = share_out(tables, step.allocation, scored, step, context, latency=latency)

@@ -101,8 +101,10 @@ def test_heads_channels_and_layers_by_obs_with_measured_losses() -> None:
     assert after <= 0.5 * before
     record = result.report.steps[0]
     tried = next(note for note in record.notes if note.startswith("Divergence on held-out batches by the number"))
-    losses = [float(part.partition(": ")[2].rstrip(".")) for part in tried.split("removed: ")[1].split(", ")]
-    assert len(losses) >= 2 and min(losses) == pytest.approx(record.numbers["divergence"], rel=1e-2)
+    trials, _, rounds = tried.split("removed: ")[1].rstrip(".").partition("; with the allocation's rounds ")
+    losses = [float(part.partition(": ")[2]) for part in trials.split(", ")]
+    assert len(losses) >= 2
+    assert min(*losses, float(rounds)) == pytest.approx(record.numbers["divergence"], rel=1e-2)
 
 
 def test_rows_and_edits_are_of_both_and_the_artifact_loads(tmp_path: Any) -> None:
@@ -209,10 +211,14 @@ def test_a_budget_of_latency_is_one_of_the_model_as_it_was(
     if allocation is not None:  # the tables of the copies are derived: these were cut for the whole model's alone
         alone = [net for net in target.exported if len(inner(net)) == 5 and begun_vectors(net) != 36.0]
         widths = {tuple(b.up.out_features for b in inner(net)) for net in alone}
-        assert len(widths) == len(alone), "no width is timed twice"
+        narrowest = min(widths)
+        again = [b for net in alone if (b := tuple(b.up.out_features for b in inner(net))) == narrowest]
+        assert len(widths) == len(alone) - len(again) + 1, "only the narrowest is timed again, with care"
         assert any("in proportion" in note for note in record.notes)
     uncut = [begun_vectors(net) for net in target.exported if all(b.up.out_features == 48 for b in inner(net))]
-    assert uncut == [36.0 - 7.0 * gone for gone in range(len(uncut))] and len(uncut) >= 3
+    tried = sorted(set(uncut), reverse=True)
+    assert tried == [36.0 - 7.0 * gone for gone in range(len(tried))] and len(tried) >= 3
+    assert len(uncut) == len(tried) + getattr(allocation, "rounds", 0), "the best once more, for its rounds"
 
 
 def test_blocks_alone_may_meet_a_budget_of_latency(monkeypatch: pytest.MonkeyPatch) -> None:
