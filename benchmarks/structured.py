@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 import gracile as gc
-from benchmarks.datasets import augment, augmented_loader, cifar10
+from benchmarks.channels import cut_by_torch_pruning, macs
+from benchmarks.datasets import augment, augmented_loader, batches, cifar10
 from benchmarks.models import accuracy, resnet20_akamaster, resnet20_projection, resnet32_akamaster
-from gracile.graph import trace
 from gracile.steps import SGD
 
 MODELS = {
@@ -35,6 +35,9 @@ BATCH, JUDGED = 147, 512
 
 #: Layers whose channels are the residual stream's.
 STREAM = ("conv1", "layer?.0.conv2", "layer?.0.downsample*")
+
+#: Torch-Pruning's group magnitude with global ranking, then the same epochs of the same distillation.
+PEER = "Torch-Pruning"
 
 
 def variants(rounds: int) -> dict[str, dict[str, object]]:
@@ -74,7 +77,7 @@ def calibration(images: Tensor, count: int, seed: int) -> list[Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
-    parser.add_argument("--variants", nargs="+", default=["OBS"], help="names, or: all")
+    parser.add_argument("--variants", nargs="+", default=["OBS"], help="names, or: all; Torch-Pruning needs --tune")
     parser.add_argument("--ratios", type=float, nargs="+", default=[1.5, 2.0])
     parser.add_argument("--calibration", type=int, default=2058)
     parser.add_argument("--low-rank", type=float, default=0.0)
@@ -85,40 +88,58 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8, help="of the allocation, at most")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if PEER in args.variants and not args.tune:
+        parser.error(f"{PEER} without training is in benchmarks.channels")
     build, normalisation = MODELS[args.model]
     model = build()
     images, labels = cifar10("train20k", normalisation)
     data = gc.Data(calibration=calibration(images, args.calibration, args.seed), train=augmented_loader(images, labels))
     test, answers = cifar10("test5k", normalisation)
-    dense = trace(model, lambda net: net(test[:1])).macs
+    dense = macs(model, test[:1])
     print(json.dumps({"model": args.model, "dense": accuracy(model, test, answers), "macs": dense}), flush=True)
     for ratio in args.ratios:
-        for name, settings in variants(args.rounds).items():
-            if name not in args.variants and "all" not in args.variants:
+        for name in [*variants(args.rounds), PEER]:
+            if name not in args.variants and ("all" not in args.variants or name == PEER):
                 continue
             start = time.perf_counter()
-            step: gc.Step = gc.Prune(to=gc.MACs(1 / ratio), **settings)
-            if args.low_rank:
-                thin = gc.Factorize(to=gc.MACs(1 / ratio, way=args.low_rank), repair=gc.solvers.LeastSquares())
-                cut = gc.MACs(1 / ratio, way=1 - args.low_rank) if args.low_rank < 1 else None
-                step = gc.Recipe(gc.Prune(to=cut, **settings), thin) if cut is not None else thin
-            if args.tune:
-                distil = gc.Distill(
-                    losses=(gc.SoftLabels(temperature=3.0),),
-                    epochs=args.tune,
-                    mixup=args.mixup,
-                    optimizer=SGD(args.learning_rate),
-                    mixed_precision=True,
-                )
-                step = gc.Recipe(step, distil) if args.cuts == 1 else gc.Gradual(step, distil, rounds=args.cuts)
-            result = gc.compress(model, step, data, seed=args.seed)
+            if name == PEER:
+                labelled = batches(images[: args.calibration], labels[: args.calibration], 128)
+                student = cut_by_torch_pruning(model, "magnitude", ratio, dense, labelled)
+                step = distillation(args)
+            else:
+                student, step = model, method(variants(args.rounds)[name], ratio, args)
+            result = gc.compress(student, step, data, teacher=model, seed=args.seed)
             seconds = time.perf_counter() - start
-            macs = trace(result.model, lambda net: net(test[:1])).macs
-            row = {"ratio": dense / macs, "variant": name, "accuracy": accuracy(result.model, test, answers)}
+            left = macs(result.model, test[:1])
+            row = {"ratio": dense / left, "variant": name, "accuracy": accuracy(result.model, test, answers)}
             row["notes"] = [note for note in result.report.steps[0].notes if "round" in note]
             cut = {r.name: f"{r.kept}/{r.of}" for r in result.report.steps[0].layers if r.action == "cut"}
             each = [round(step.seconds) for step in result.report.steps]
             print(json.dumps(row | {"tuned": args.tune, "seconds": seconds, "each": each, "kept": cut}), flush=True)
+
+
+def method(settings: dict[str, object], ratio: float, args: argparse.Namespace) -> gc.Step:
+    """The cut with these settings, and what the arguments add to it."""
+    step: gc.Step = gc.Prune(to=gc.MACs(1 / ratio), **settings)
+    if args.low_rank:
+        thin = gc.Factorize(to=gc.MACs(1 / ratio, way=args.low_rank), repair=gc.solvers.LeastSquares())
+        cut = gc.MACs(1 / ratio, way=1 - args.low_rank) if args.low_rank < 1 else None
+        step = gc.Recipe(gc.Prune(to=cut, **settings), thin) if cut is not None else thin
+    if not args.tune:
+        return step
+    distil = distillation(args)
+    return gc.Recipe(step, distil) if args.cuts == 1 else gc.Gradual(step, distil, rounds=args.cuts)
+
+
+def distillation(args: argparse.Namespace) -> gc.Distill:
+    """KL from the original."""
+    return gc.Distill(
+        losses=(gc.SoftLabels(temperature=3.0),),
+        epochs=args.tune,
+        mixup=args.mixup,
+        optimizer=SGD(args.learning_rate),
+        mixed_precision=True,
+    )
 
 
 if __name__ == "__main__":
