@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -19,11 +20,14 @@ from gracile.stats.match import divergence, split_batches
 from gracile.steps.absorb import absorbing_layers
 from gracile.steps.blocks import put_module, put_skip, skip_blocks
 from gracile.steps.repair import Reference, repair_units
-from gracile.steps.tables import outputs_of, some_batches
+from gracile.steps.tables import at_least, outputs_of, some_batches
 from gracile.surgery import Resize
 
 if TYPE_CHECKING:
     from gracile.steps.prune import Prune
+
+#: Calibration examples that candidates are repaired on to be compared.
+TRIAL_EXAMPLES = 512
 
 
 class BlockOrder:
@@ -31,6 +35,7 @@ class BlockOrder:
 
     gone: in the order taken. losses: of every block the last divergence measured with it left out, without repair.
     compared: for each block taken, the candidates' divergence after repair on held-out batches, by name.
+    briefly: the context with fewer examples, for repairs that are compared and dropped.
     least: of what `next` gave last, its divergence. strayed: whether a repair ever led to another block than the one
     that costs least without. trial: a copy of the model without the blocks that are gone.
     """
@@ -49,6 +54,8 @@ class BlockOrder:
         self.model, self.blocks, self.batch, self.step, self.context = model, list(blocks), batch, step, context
         self.pattern = next(pattern for pattern in step.patterns if isinstance(pattern, Layers))
         self.repaired = repaired and step.repair is not None and self.pattern.candidates > 1
+        some = at_least(list(context.data.calibration_batches), TRIAL_EXAMPLES)
+        self.briefly = replace(context, data=replace(context.data, calibration=some))
         self.trial = share_parameters(model).eval()
         self.batches = some_batches(context.data, self.pattern.examples)
         self.references = outputs_of(self.trial, context.data, self.batches)
@@ -87,7 +94,8 @@ class BlockOrder:
         """The divergence on held-out batches of a copy without these blocks, the rest repaired; infinity for NaN."""
         trial = share_parameters(self.model).eval()
         skip_blocks(trial, gone)
-        repair_blocks(trial, self.model, gone, self.batch, self.step, self.context, Recorder(self.step))
+        refit = replace(self.step, correct=False)  # whose intercepts have corrected what there is to correct
+        repair_blocks(trial, self.model, gone, self.batch, refit, self.briefly, Recorder(refit))
         loss = divergence(outputs_of(trial, self.context.data, self.held_out), self.expected)
         return loss if math.isfinite(loss) else math.inf
 
