@@ -148,6 +148,30 @@ CASES: dict[str, Case] = {
         IMAGE,
         "a=5",
     ),
+    "windows of a sequence": Case(
+        lambda: Net(
+            lambda m, x: m.o(m.c(x).unfold(2, 3, 2).mean(3)).mean(2), c=nn.Conv1d(3, 8, 1), o=nn.Conv1d(8, 2, 1)
+        ),
+        (2, 3, 9),
+        "c=8",
+    ),
+    "windows of the channels": Case(
+        lambda: Net(lambda m, x: m.o(m.a(x).unfold(1, 4, 2).mean(2)), a=linear(6, 8), o=linear(3, 2)),
+        ROWS,
+        "",
+        {"a": "'unfold' mixes its neighbours"},
+    ),
+    "samples at points that a layer gives": Case(
+        lambda: Net(
+            lambda m, x: m.o(F.grid_sample(m.c(x), m.p(x).permute(0, 2, 3, 1), align_corners=False)).mean((2, 3)),
+            c=nn.Conv2d(3, 8, 1),
+            p=nn.Conv2d(3, 2, 1),
+            o=nn.Conv2d(8, 2, 1),
+        ),
+        IMAGE,
+        "c=8",
+        {"p": "'grid_sampler_2d' mixes its neighbours"},
+    ),
     "local response norm": Case(
         lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.LocalResponseNorm(3), nn.Conv2d(8, 4, 1)),
         IMAGE,
