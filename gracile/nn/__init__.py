@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gracile.errors import ArtifactError
-from gracile.nn.factorized import Factorized, FactorizedConv, FactorizedLinear, factorized_kind
+from gracile.nn.factorized import Factorized, FactorizedConv, FactorizedLinear, compose, factorized_kind
 from gracile.nn.grid import begin_training, end_training
 from gracile.nn.quantized import QuantizedConv, QuantizedEmbedding, QuantizedLayer, QuantizedLinear, quantized_kind
 from gracile.nn.skip import Skip
@@ -24,6 +24,7 @@ __all__ = [
     "Skip",
     "begin_training",
     "build_layer",
+    "compose",
     "end_training",
     "factorized_kind",
     "quantize_layer",

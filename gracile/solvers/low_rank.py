@@ -7,47 +7,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gracile.errors import ConfigError, DataError
-from gracile.solvers.base import Moments
-
-
-@dataclass(frozen=True)
-class Factors:
-    """W ≈ second · first, and what the bias shifts by, all float64.
-
-    first: [r, d]. second: [out, r], its columns orthonormal. shift: [out], added to the original's bias.
-    """
-
-    first: Tensor
-    second: Tensor
-    shift: Tensor
-
-    @property
-    def product(self) -> Tensor:
-        """[out, d]."""
-        return self.second @ self.first
+from gracile.errors import ConfigError
+from gracile.solvers.base import Factors, Moments, RidgeSolution, solve_ridge
 
 
 @dataclass(frozen=True)
 class Decomposition:
     """The solutions of every rank at once, float64.
 
-    solution: V [out, d], of full rank. basis: U [out, k], orthonormal, the directions of the outputs V x in descending
-    order of energies [k], which say what each adds to the objective when it is left out. mean, mean_target: of the
-    inputs [d] and targets [out] that the shift balances; both zero where no shift is allowed.
+    free: V, of full rank. basis: U [out, k], orthonormal, the directions of the outputs V x in descending order of
+    energies [k], which say what each adds to the objective when it is left out.
     """
 
-    solution: Tensor
+    free: RidgeSolution
     basis: Tensor
     energies: Tensor
-    mean: Tensor
-    mean_target: Tensor
 
     def factors(self, rank: int) -> Factors:
         """second = U_r, first = U_rᵀ V, shift = E[t] − U_r U_rᵀ V E[x]."""
         second = self.basis[:, :rank].contiguous()
-        first = second.T @ self.solution
-        return Factors(first, second, self.mean_target - second @ (first @ self.mean))
+        first = second.T @ self.free.solution
+        product = second @ first
+        return Factors(first, second, product, self.free.shift(product))
 
 
 @dataclass(frozen=True)
@@ -82,26 +63,9 @@ class LowRank:
         Inputs that never vary say nothing about the weights; their decomposition is that of P itself. Raises DataError
         for moments that are not finite.
         """
-        if not bool(torch.isfinite(moments.gram).all() & torch.isfinite(moments.cross).all()):
-            raise DataError("LowRank: the moments of a layer's inputs or outputs hold NaN or infinity.")
-        p = prior.double()
-        gram, cross, mean, mean_target = moments.gram, moments.cross, moments.mean, moments.mean_target
-        if centre:
-            gram, cross = gram - torch.outer(mean, mean), cross - torch.outer(mean_target, mean)
-        else:
-            mean, mean_target = torch.zeros_like(mean), torch.zeros_like(mean_target)
-        ridge = self.damping * float(gram.diagonal().mean())
-        identity = torch.eye(len(gram), dtype=gram.dtype)
-        if ridge > 0:
-            whitening, failed = torch.linalg.cholesky_ex(gram + ridge * identity)
-            while bool(failed):  # sums of low precision, less a large mean, need not be a covariance
-                ridge *= 10
-                whitening, failed = torch.linalg.cholesky_ex(gram + ridge * identity)
-            solution = torch.cholesky_solve((cross + ridge * p).T, whitening).T
-        else:
-            whitening, solution = identity, p
-        basis, values, _ = torch.linalg.svd(solution @ whitening, full_matrices=False)
-        return Decomposition(solution, basis, values.square(), mean, mean_target)
+        free = solve_ridge(prior, moments, centre, self.damping)
+        basis, values, _ = torch.linalg.svd(free.solution @ free.root, full_matrices=False)
+        return Decomposition(free, basis, values.square())
 
 
 def symmetric(weight: Tensor, gram: Tensor, mean: Tensor) -> Moments:

@@ -19,13 +19,13 @@ from gracile.recipe import Recorder, Step
 from gracile.report.model import LayerRow, StepRecord
 from gracile.select import check_exclude
 from gracile.sharing import own_parameters, share_parameters
-from gracile.solvers import LeastSquares, LowRank
+from gracile.solvers import LeastSquares, LowRank, SpatialLowRank
 from gracile.stats.collect import first_batch
 from gracile.steps.correct import correct_statistics
 from gracile.steps.factorize_latency import prepare_rank_latency
 from gracile.steps.factorize_layers import factorize_layers, prove_factorized
 from gracile.steps.factorize_ranks import amount_to_save, choose_ranks, measure_losses, options_of, ranks_of
-from gracile.steps.factorize_select import Candidate, select_layers
+from gracile.steps.factorize_select import Candidate, Rank, select_layers
 from gracile.steps.latency_budget import record_latency
 from gracile.steps.plan import plan_step
 from gracile.steps.sequence import targets_of
@@ -37,7 +37,7 @@ CHECKED_BATCHES = 3
 
 @dataclass(frozen=True)
 class Factorize(Step):
-    """Replace linear and ungrouped convolution layers by two of low rank, W ≈ W₂ W₁, W₁ [r, in], W₂ [out, r].
+    """Replace linear and ungrouped convolution layers by two of low rank, W ≈ W₂ W₁, over r channels between both.
 
     Every layer is tried alone at several ranks, and whole; those ranks are taken that together save enough with the
     least Σ loss^power, the loss being the divergence of the model's outputs. Then layer after layer is factorized, each
@@ -49,6 +49,9 @@ class Factorize(Step):
         target, measured in turn with the model as it was. Ranks that are not faster there by more than the error of
         timing are not taken. Exactly one of `fraction` and `to` is given.
     solver: how factors are found for a rank.
+    spatial: how the factors of a two-dimensional convolution are found that split it along the sides of its kernel, one
+        of h x 1 and then one of 1 x w or the other way round: at equal cost nearer to it, as a rule, than one of h x w
+        and then one of 1 x 1. Both forms are tried, and the ranks of either are options. None: only the second.
     repair: refits layers that stay whole behind one that was factorized: solvers.LeastSquares(). A refit is kept only
         if it lowers the layer's error on held-out calibration batches. None: they keep their weights.
     levels: ranks tried of each layer, in equal steps below the rank from which on nothing is saved.
@@ -65,6 +68,7 @@ class Factorize(Step):
     _: KW_ONLY
     to: Budget | None = None
     solver: LowRank = LowRank()
+    spatial: SpatialLowRank | None = SpatialLowRank()
     repair: LeastSquares | None = None
     levels: int = 8
     examples: int = 512
@@ -88,6 +92,8 @@ class Factorize(Step):
             raise ConfigError(f"Factorize(to={self.to!r}): expected a budget, for example MACs(0.5).")
         if not isinstance(self.solver, LowRank):
             raise ConfigError(f"Factorize(solver={self.solver!r}): expected solvers.LowRank().")
+        if self.spatial is not None and not isinstance(self.spatial, SpatialLowRank):
+            raise ConfigError(f"Factorize(spatial={self.spatial!r}): expected solvers.SpatialLowRank() or None.")
         if self.repair is not None and not isinstance(self.repair, LeastSquares):
             raise ConfigError(f"Factorize(repair={self.repair!r}): expected solvers.LeastSquares() or None.")
         for name, value in (("levels", self.levels), ("examples", self.examples), ("multiple_of", self.multiple_of)):
@@ -162,8 +168,8 @@ class Factorize(Step):
 
 def _record(
     candidates: Sequence[Candidate],
-    losses: Mapping[str, Mapping[int, float]],
-    chosen: Mapping[str, int],
+    losses: Mapping[str, Mapping[Rank, float]],
+    chosen: Mapping[str, Rank],
     recorder: Recorder,
 ) -> None:
     """Rows of layers that stay whole by choice, and the sums."""
@@ -175,8 +181,8 @@ def _record(
                     name=candidate.name,
                     kind=candidate.kind,
                     action="kept",
-                    kept=candidate.full_rank,
-                    of=candidate.full_rank,
+                    kept=candidate.full_rank(),
+                    of=candidate.full_rank(),
                     reason="others lose less for what they save",
                 )
             )

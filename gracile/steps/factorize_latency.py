@@ -17,7 +17,7 @@ from gracile.goal import Latency
 from gracile.graph import Trace
 from gracile.recipe import Recorder
 from gracile.steps.factorize_ranks import Option, choose_ranks
-from gracile.steps.factorize_select import Candidate, factorize_at_random
+from gracile.steps.factorize_select import Candidate, Rank, factorize_at_random
 from gracile.steps.latency_cache import LatencyCache, identity_of
 from gracile.steps.latency_search import search_within
 from gracile.steps.latency_table import EACH
@@ -31,7 +31,7 @@ CERTAIN = 2.0
 #: A share with a larger standard error, of a machine that was busy then, is not taken from the cache.
 TRUSTED = 0.02
 
-Ranks = Mapping[Candidate, Sequence[int]]
+Ranks = Mapping[Candidate, Sequence[Rank]]
 
 
 @dataclass
@@ -42,14 +42,14 @@ class RankLatency:
     timer: Timer
     model: nn.Module
     context: Context
-    saved: Mapping[Candidate, Mapping[int, float]]
-    _measured: dict[tuple[tuple[str, int], ...], float] = field(default_factory=dict)
+    saved: Mapping[Candidate, Mapping[Rank, float]]
+    _measured: dict[tuple[tuple[str, Rank], ...], float] = field(default_factory=dict)
 
-    def ranks(self) -> dict[Candidate, list[int]]:
+    def ranks(self) -> dict[Candidate, list[Rank]]:
         """The ranks that are faster than the whole layer, by layer."""
         return {candidate: list(row) for candidate, row in self.saved.items()}
 
-    def meet(self, losses: Mapping[str, Mapping[int, float]], power: float) -> dict[str, int]:
+    def meet(self, losses: Mapping[str, Mapping[Rank, float]], power: float) -> dict[str, Rank]:
         """The ranks of least loss within the budget, as measured. Raises ConfigError naming the nearest latency."""
         whole_ms = self.timer.whole_ms
         limit = self.budget.limit(whole_ms) / whole_ms
@@ -71,15 +71,15 @@ class RankLatency:
             )
         return found.choice
 
-    def predict(self, ranks: Mapping[str, int]) -> float:
+    def predict(self, ranks: Mapping[str, Rank]) -> float:
         """The share of the latency that layers of these ranks save, by the sum of what each saves alone."""
         return sum(row[ranks[candidate.name]] for candidate, row in self.saved.items() if candidate.name in ranks)
 
-    def predicted_ms(self, ranks: Mapping[str, int]) -> float:
+    def predicted_ms(self, ranks: Mapping[str, Rank]) -> float:
         """Latency with these ranks as the single measurements say, uncorrected."""
         return self.timer.whole_ms * (1 - self.predict(ranks))
 
-    def measure(self, ranks: Mapping[str, int]) -> float:
+    def measure(self, ranks: Mapping[str, Rank]) -> float:
         """Latency with these ranks, as a share of the whole model's; the same ranks are timed once."""
         key = tuple(sorted(ranks.items()))
         if key not in self._measured:
@@ -109,11 +109,11 @@ def prepare_rank_latency(
     alike: dict[str, list[Candidate]] = {}
     for candidate in ranks:
         alike.setdefault(_signature(model, traced, candidate), []).append(candidate)
-    saved: dict[Candidate, dict[int, float]] = {}
+    saved: dict[Candidate, dict[Rank, float]] = {}
     start, timed = time.perf_counter(), 0
     for done, (signature, same) in enumerate(alike.items()):
-        faster: dict[int, float] = {}
-        slower: dict[int, float] = {}
+        faster: dict[Rank, float] = {}
+        slower: dict[Rank, float] = {}
         try:
             for rank in sorted(ranks[same[0]], reverse=True):
                 share, error, fresh = _share(model, same, rank, signature, cache, timer, context)
@@ -150,21 +150,22 @@ def prepare_rank_latency(
 def _share(
     model: nn.Module,
     same: Sequence[Candidate],
-    rank: int,
+    rank: Rank,
     signature: str,
     cache: LatencyCache,
     timer: Timer,
     context: Context,
 ) -> tuple[float, float, bool]:
     """What these layers together save at this rank, the standard error of that, and whether it was measured now."""
-    share, error = cache.get(signature, rank), cache.get(f"{signature}:error", rank)
+    signature += ":sides" if rank.spatial else ""
+    share, error = cache.get(signature, rank.value), cache.get(f"{signature}:error", rank.value)
     if share is not None and error is not None and error <= TRUSTED:
         return share, error, False
     trial, _ = factorize_at_random(model, dict.fromkeys(same, rank), context.generator("factors"))
     share = 1 - timer.relative(trial, seconds=EACH)
     error = timer.last_error
-    cache.put(signature, rank, share)
-    cache.put(f"{signature}:error", rank, error)
+    cache.put(signature, rank.value, share)
+    cache.put(f"{signature}:error", rank.value, error)
     return share, error, True
 
 

@@ -21,7 +21,8 @@ from gracile.stats.collect import collect_activations
 from gracile.stats.match import split_batches
 from gracile.stats.refit import CannotRefitError, Refit
 from gracile.stats.targets import Targets
-from gracile.steps.factorize_select import Candidate, Run, overwriting, product_of, swap_of
+from gracile.steps.factorize_select import Candidate, Rank, Run, overwriting, product_of, swap_of
+from gracile.steps.factorize_solve import decompose
 from gracile.steps.sequence import targets_of
 from gracile.surgery import apply
 
@@ -33,7 +34,7 @@ def factorize_layers(
     model: nn.Module,
     reference: nn.Module,
     traced: Trace,
-    ranks: Mapping[Candidate, int | None],
+    ranks: Mapping[Candidate, Rank | None],
     step: Factorize,
     targets: Targets,
     context: Context,
@@ -71,7 +72,7 @@ def factorize_layers(
 def _factorize(
     model: nn.Module,
     candidate: Candidate,
-    rank: int,
+    rank: Rank,
     step: Factorize,
     fit: Refit,
     judge: Refit,
@@ -83,8 +84,10 @@ def _factorize(
     old: Any = model.get_submodule(name)
     prior = old.weight.detach().flatten(1).cpu()
     moments, judged = _moments(model, name, prior, fit, judge, context)
-    by_targets = step.solver(prior, moments, centre).factors(rank)
-    by_weight = step.solver(prior, symmetric(prior, moments.gram, moments.mean), centre).factors(rank)
+    by_targets, by_weight = (
+        decompose(step, candidate, prior, aims, centre, spatial=rank.spatial).factors(rank.value)
+        for aims in (moments, symmetric(prior, moments.gram, moments.mean))
+    )
     errors = [squared_error(factors.product, factors.shift, judged) for factors in (by_targets, by_weight)]
     better = errors[0] < errors[1]
     factors = by_targets if better else by_weight
@@ -100,10 +103,11 @@ def _factorize(
             name=name,
             kind=candidate.kind,
             action="factorized",
-            kept=rank,
-            of=candidate.full_rank,
+            kept=rank.value,
+            of=candidate.full_rank(rank.spatial),
             error=min(errors) / energy if energy > 0 else None,
-            reason="fitted to the original's outputs" if better else "decomposed as it was",
+            reason=("along the sides of its kernel, " if rank.spatial else "")
+            + ("fitted to the original's outputs" if better else "decomposed as it was"),
         )
     )
     return better

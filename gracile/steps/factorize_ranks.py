@@ -20,12 +20,13 @@ from gracile.graph import Trace
 from gracile.knapsack import choose_options
 from gracile.modes import eval_mode
 from gracile.recipe import Recorder
-from gracile.solvers.low_rank import Factors
+from gracile.solvers.base import Factors
 from gracile.stats.match import divergence
 from gracile.stats.refit import Refit
 from gracile.stats.replay import Replay
 from gracile.stats.targets import Targets
-from gracile.steps.factorize_select import Candidate
+from gracile.steps.factorize_select import Candidate, Rank
+from gracile.steps.factorize_solve import decompose
 from gracile.steps.tables import outputs_of, some_batches
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 class Option:
     """A rank that a layer may take: what that does to the outputs, and what it saves. rank: None leaves it whole."""
 
-    rank: int | None
+    rank: Rank | None
     loss: float
     saved: float
 
@@ -44,28 +45,32 @@ class Option:
 Options = dict[str, list[Option]]  # by layer; staying whole is among them
 
 
-def ranks_of(candidate: Candidate, levels: int, multiple_of: int) -> list[int]:
-    """Ranks to try, ascending: equal steps up to where nothing is saved, which is left out.
+def ranks_of(candidate: Candidate, levels: int, multiple_of: int) -> list[Rank]:
+    """Ranks to try, of each form ascending: equal steps up to where nothing is saved, which is left out.
 
     Rounded to multiples of the largest power of two up to `multiple_of` that the largest holds twice.
     """
-    largest = candidate.largest_rank()
-    step = 1
-    while 2 * step <= multiple_of and 4 * step <= largest:
-        step *= 2
-    even = (largest * i / (levels + 1) for i in range(1, levels + 2))
-    return sorted({max(1, min(round(rank / step), largest // step)) * step for rank in even})
+    ranks = []
+    for spatial in candidate.forms:
+        largest = candidate.largest_rank(spatial)
+        step = 1
+        while 2 * step <= multiple_of and 4 * step <= largest:
+            step *= 2
+        even = (largest * i / (levels + 1) for i in range(1, levels + 2) if largest)
+        values = {max(1, min(round(rank / step), largest // step)) * step for rank in even}
+        ranks += [Rank(value, spatial) for value in sorted(values)]
+    return ranks
 
 
 def measure_losses(
     model: nn.Module,
     traced: Trace,
-    ranks: Mapping[Candidate, Sequence[int]],
+    ranks: Mapping[Candidate, Sequence[Rank]],
     step: Factorize,
     targets: Targets,
     context: Context,
     recorder: Recorder,
-) -> dict[str, dict[int, float]]:
+) -> dict[str, dict[Rank, float]]:
     """Layer -> rank -> divergence of the outputs from the model's, this layer alone being of that rank.
 
     On the inputs of the model as it is, whose outputs are the targets. Nothing is factorized: the product is put in the
@@ -75,7 +80,7 @@ def measure_losses(
     trial = copy.deepcopy(model).eval()
     references = outputs_of(trial, context.data, batches)
     replay, repair = Replay(trial, context.data, batches), Refit(trial, targets, norms=dict(traced.batch_norm_pairs()))
-    losses: dict[str, dict[int, float]] = {}
+    losses: dict[str, dict[Rank, float]] = {}
     with eval_mode(model):
         for done, (candidate, tried) in enumerate(ranks.items()):
             name = candidate.name
@@ -84,11 +89,15 @@ def measure_losses(
                 recorder.skip(name, candidate.kind, "its inputs or outputs are not finite")
                 continue
             weight: Tensor = trial.get_submodule(name).weight.detach()  # type: ignore[operator,union-attr,assignment]
-            found = step.solver(weight.flatten(1).cpu(), moments, repair.centred(name))
+            centre, prior = repair.centred(name), weight.flatten(1).cpu()
+            found = {
+                spatial: decompose(step, candidate, prior, moments, centre, spatial=spatial, roughly=True)
+                for spatial in {rank.spatial for rank in tried}
+            }
             replay.seek(name)
             losses[name] = {}
             for rank in tried:
-                undo = _put(trial, name, found.factors(rank), repair.norms)
+                undo = _put(trial, name, found[rank.spatial].factors(rank.value), repair.norms)
                 with torch.no_grad():
                     loss = divergence([logits_of(replay.run(i)) for i in range(len(batches))], references)
                     for tensor, value in undo:
@@ -102,21 +111,19 @@ def measure_losses(
 
 
 def options_of(
-    candidates: Sequence[Candidate], losses: Mapping[str, Mapping[int, float]], budget: Budget | None
+    candidates: Sequence[Candidate], losses: Mapping[str, Mapping[Rank, float]], budget: Budget | None
 ) -> Options:
-    """What each rank saves in the budget's unit, exactly; weights where there is no budget."""
+    """What each rank saves in the budget's unit, exactly; weights where there is no budget. Those that save nothing are
+    left out."""
 
-    def saved(candidate: Candidate, rank: int) -> float:
-        weights = candidate.weights - candidate.weights_at(rank)
+    def saved(candidate: Candidate, rank: Rank) -> float:
         if isinstance(budget, MACs):
-            return candidate.macs * weights / candidate.weights
+            return candidate.macs - candidate.macs_at(rank)
+        weights = candidate.weights - candidate.weights_at(rank)
         return float(weights * candidate.element_bytes if isinstance(budget, Bytes) else weights)
 
-    return {
-        c.name: [Option(None, 0.0, 0.0), *(Option(r, loss, saved(c, r)) for r, loss in losses[c.name].items())]
-        for c in candidates
-        if c.name in losses
-    }
+    found = {c.name: [Option(r, loss, saved(c, r)) for r, loss in losses.get(c.name, {}).items()] for c in candidates}
+    return {name: [Option(None, 0.0, 0.0), *(o for o in row if o.saved > 0)] for name, row in found.items() if row}
 
 
 def amount_to_save(
@@ -147,7 +154,7 @@ def amount_to_save(
     return amount
 
 
-def choose_ranks(options: Options, amount: float, power: float) -> dict[str, int]:
+def choose_ranks(options: Options, amount: float, power: float) -> dict[str, Rank]:
     """The rank of each layer that does not stay whole: Σ loss^power the least that saves the amount."""
     picked = choose_options([[(o.loss**power, o.saved) for o in row] for row in options.values()], amount)
     chosen = {name: row[i].rank for (name, row), i in zip(options.items(), picked)}

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gracile.context import Context
 from gracile.errors import NothingChangedError
-from gracile.graph import Trace, check_change
+from gracile.graph import LayerInfo, Trace, check_change
 from gracile.modes import eval_mode
-from gracile.nn import Factorized, QuantizedLayer, factorized_kind
+from gracile.nn import Factorized, QuantizedLayer, compose, factorized_kind
 from gracile.recipe import Recorder
 from gracile.select import Select
 from gracile.sharing import share_parameters
+from gracile.solvers.spatial_low_rank import left_out
 from gracile.stats.refit import refittable
 from gracile.steps.consumers import tied_layers
 from gracile.surgery import Swap, apply
@@ -27,11 +28,24 @@ if TYPE_CHECKING:
 Run = Callable[[nn.Module], Any]
 
 
+class Rank(NamedTuple):
+    """What a layer is factorized to. spatial: split along the sides of its kernel, and not behind the whole kernel."""
+
+    value: int
+    spatial: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.value} along the sides" if self.spatial else str(self.value)
+
+
 @dataclass(frozen=True)
 class Candidate:
-    """A layer that may be factorized: outputs · inputs weights, which at rank r are r · (outputs + inputs).
+    """A layer that may be factorized, of outputs · inputs weights.
 
     inputs: columns of the unfolded weight. macs: multiply-accumulates of one example. element_bytes: of one weight.
+    kernel: (rows, columns) of a convolution that may also be split along the sides of its kernel, which are i, of the
+        first of both, and j; None for other layers. transposed: i are the columns. stretch: how many times as many
+        positions the first of both has to compute as the second, where it still has the input's extent along j.
     """
 
     name: str
@@ -40,22 +54,42 @@ class Candidate:
     inputs: int
     macs: int
     element_bytes: int
+    kernel: tuple[int, int] | None = None
+    transposed: bool = False
+    stretch: float = 1.0
 
     @property
     def weights(self) -> int:
         return self.outputs * self.inputs
 
     @property
-    def full_rank(self) -> int:
-        return min(self.outputs, self.inputs)
+    def forms(self) -> tuple[bool, ...]:
+        """The values of `Rank.spatial` that it may take."""
+        return (False,) if self.kernel is None else (False, True)
 
-    def weights_at(self, rank: int) -> int:
+    def parts(self, spatial: bool) -> tuple[int, int]:
+        """Weights of the first and of the second layer for each unit of rank; no rank is above the smaller."""
+        if not spatial:
+            return self.inputs, self.outputs
+        assert self.kernel is not None
+        j = self.kernel[0 if self.transposed else 1]
+        return self.inputs // j, self.outputs * j
+
+    def full_rank(self, spatial: bool = False) -> int:
+        return min(self.parts(spatial))
+
+    def weights_at(self, rank: Rank) -> int:
         """Weights of both factors."""
-        return rank * (self.outputs + self.inputs)
+        return rank.value * sum(self.parts(rank.spatial))
 
-    def largest_rank(self) -> int:
+    def macs_at(self, rank: Rank) -> float:
+        """Multiply-accumulates of both for one example."""
+        first, second = self.parts(rank.spatial)
+        return self.macs / self.weights * rank.value * (first * (self.stretch if rank.spatial else 1.0) + second)
+
+    def largest_rank(self, spatial: bool = False) -> int:
         """The largest rank of fewer weights than the layer has; 0 where there is none."""
-        return (self.weights - 1) // (self.outputs + self.inputs)
+        return min((self.weights - 1) // sum(self.parts(spatial)), self.full_rank(spatial))
 
 
 def select_layers(
@@ -80,8 +114,8 @@ def select_layers(
         if reasons[name] is None and name not in infos:
             reasons[name] = "not called on the first calibration batch"
         if reasons[name] is None:
-            found[name] = _candidate(name, layer, infos[name].macs)
-            if found[name].largest_rank() < 1:
+            found[name] = _candidate(name, layer, infos[name], step.spatial is not None)
+            if max(map(found[name].largest_rank, found[name].forms)) < 1:
                 reasons[name] = f"no rank has fewer weights than {found[name].outputs} x {found[name].inputs}"
     ordered = [found[info.name] for info in traced.layers if reasons.get(info.name, "") is None]
     failed = _prove(model, ordered, lambda net: [context.data.forward(net, batch) for batch in batches], context)
@@ -98,23 +132,23 @@ def select_layers(
     return left
 
 
-def swap_of(candidate: Candidate, rank: int) -> Swap:
+def swap_of(candidate: Candidate, rank: Rank) -> Swap:
     """The edit that puts two layers of this rank in place of the one."""
     kind = "FactorizedLinear" if candidate.kind == "Linear" else "FactorizedConv"
-    return Swap(candidate.name, kind, {"rank": rank})
+    side = {"split": "horizontal" if candidate.transposed else "vertical"} if rank.spatial else {}
+    return Swap(candidate.name, kind, {"rank": rank.value} | side)
 
 
 def factorize_at_random(
-    model: nn.Module, ranks: Mapping[Candidate, int], generator: torch.Generator
+    model: nn.Module, ranks: Mapping[Candidate, Rank], generator: torch.Generator
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """A copy of the model with random factors of these ranks, and the products of these by layer, float64."""
     trial, products = share_parameters(model), {}
     for candidate, rank in ranks.items():
         apply(trial, [swap_of(candidate, rank)])
         layer: Any = trial.get_submodule(candidate.name)
-        first = torch.randn(rank, candidate.inputs, generator=generator) / candidate.inputs**0.5
-        second = torch.randn(candidate.outputs, rank, generator=generator) / rank**0.5
-        layer.set_factors(first, second)
+        shapes = [each.weight.shape for each in (layer.first, layer.second)]
+        layer.set_factors(*(torch.randn(s, generator=generator) / s[1:].numel() ** 0.5 for s in shapes))
         products[candidate.name] = product_of(layer)
     return trial, products
 
@@ -130,8 +164,7 @@ def overwriting(value: Tensor) -> Callable[[Tensor], None]:
 
 def product_of(layer: Factorized) -> Tensor:
     """The layer's weight, multiplied in float64."""
-    first, second = (each.weight.detach().double() for each in (layer.first, layer.second))
-    return (second.flatten(1) @ first.flatten(1)).unflatten(1, first.shape[1:])
+    return compose(*(each.weight.detach().double() for each in (layer.first, layer.second)))
 
 
 def _weighted(model: nn.Module) -> dict[str, nn.Module]:
@@ -212,21 +245,37 @@ def _call_reason(layer: nn.Module, calls: Sequence[tuple[int, int]]) -> str | No
     return None
 
 
-def _candidate(name: str, layer: Any, macs: int) -> Candidate:
+def _candidate(name: str, layer: Any, info: LayerInfo, spatial: bool) -> Candidate:
     kind = "Linear" if isinstance(layer, nn.Linear) else f"Conv{len(layer.kernel_size)}d"
     weight = layer.weight
-    return Candidate(name, kind, len(weight), weight[0].numel(), macs, weight.element_size())
+    plain = Candidate(name, kind, len(weight), weight[0].numel(), info.macs, weight.element_size())
+    if not spatial or weight.ndim != 4 or 1 in layer.kernel_size:
+        return plain
+    rank = max(1, replace(plain, kernel=tuple(layer.kernel_size)).largest_rank(True) // 2)
+    transposed = left_out(weight.detach(), rank, True) < left_out(weight.detach(), rank, False)
+    along = -2 if transposed else -1
+    stretch = info.input_shape[along] / info.output_shape[along]
+    return replace(plain, kernel=tuple(layer.kernel_size), transposed=transposed, stretch=stretch)
+
+
+def _largest(candidate: Candidate, spatial: bool) -> Rank:
+    """The largest rank of this form, where the layer has it."""
+    form = spatial and candidate.kernel is not None
+    return Rank(max(1, candidate.largest_rank(form)), form)
 
 
 def _prove(model: nn.Module, candidates: Sequence[Candidate], run: Run, context: Context) -> dict[str, str]:
     """Layer -> why it stays whole: with a factorized one in its place the model is not what it is with the product."""
 
     def reason(tried: Sequence[Candidate]) -> str | None:
-        ranks = {candidate: candidate.largest_rank() for candidate in tried}
-        trial, products = factorize_at_random(model, ranks, context.generator("factors"))
-        changes = {f"{name}.weight": overwriting(product) for name, product in products.items()}
-        check = check_change(model, changes, trial, run, "factorized")
-        return None if check.exact else check.reason
+        for spatial in {form for candidate in tried for form in candidate.forms}:
+            ranks = {candidate: _largest(candidate, spatial) for candidate in tried}
+            trial, products = factorize_at_random(model, ranks, context.generator("factors"))
+            changes = {f"{name}.weight": overwriting(product) for name, product in products.items()}
+            check = check_change(model, changes, trial, run, "factorized")
+            if not check.exact:
+                return check.reason
+        return None
 
     if not candidates or reason(candidates) is None:
         return {}

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from gracile.errors import ConfigError, DataError
 from gracile.solvers import LeastSquares, LowRank, Moments
-from gracile.solvers.low_rank import Factors, squared_error, symmetric, target_energy
+from gracile.solvers.base import Factors
+from gracile.solvers.low_rank import squared_error, symmetric, target_energy
 
 #: A ridge so small that it changes nothing that these tests can see: 1e-10 of the variance, on condition numbers < 1e4.
 NONE = LowRank(damping=1e-10)
@@ -127,7 +128,7 @@ def test_plain_and_whitened_decompositions_are_no_better_on_its_own_objective() 
         whitened = NONE(weight, symmetric(weight, moments.gram, moments.mean), True).factors(rank)
         u, s, v = torch.linalg.svd(weight, full_matrices=False)
         product = (u[:, :rank] * s[:rank]) @ v[:rank]
-        plain = Factors(s[:rank, None] * v[:rank], u[:, :rank], moments.mean_target - product @ moments.mean)
+        plain = Factors(s[:rank, None] * v[:rank], u[:, :rank], product, moments.mean_target - product @ moments.mean)
         errors = [error_by(factors, moments) for factors in (fitted, whitened, plain)]
         assert errors[0] < 0.999 * min(errors[1:])
 
@@ -168,7 +169,8 @@ def test_degenerate_inputs_give_finite_factors_of_no_more_error_than_the_best_pl
     factors = LowRank()(weight, moments, False).factors(2)
     assert all(bool(torch.isfinite(t).all()) for t in (factors.first, factors.second, factors.shift))
     u, s, v = torch.linalg.svd(weight, full_matrices=False)
-    plain = Factors(s[:2, None] * v[:2], u[:, :2], torch.zeros(4, dtype=torch.float64))
+    thin, wide = s[:2, None] * v[:2], u[:, :2]
+    plain = Factors(thin, wide, wide @ thin, torch.zeros(4, dtype=torch.float64))
     assert error_by(factors, moments) <= error_by(plain, moments) + 1e-12
 
 
