@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -24,7 +25,7 @@ from gracile.stats.collect import first_batch
 from gracile.steps.correct import correct_statistics
 from gracile.steps.factorize_latency import prepare_rank_latency
 from gracile.steps.factorize_layers import factorize_layers, prove_factorized
-from gracile.steps.factorize_ranks import amount_to_save, choose_ranks, measure_losses, options_of, ranks_of
+from gracile.steps.factorize_ranks import amount_to_save, choose_ranks, measure_losses, options_of, ranks_of, saved_of
 from gracile.steps.factorize_select import Candidate, Rank, select_layers
 from gracile.steps.latency_budget import record_latency
 from gracile.steps.plan import plan_step
@@ -145,7 +146,8 @@ class Factorize(Step):
             if timer is not None:
                 latency = prepare_rank_latency(model, traced, ranks, self, context, batch, timer, recorder)
                 ranks = latency.ranks()
-            losses = measure_losses(model, traced, ranks, self, targets, context, recorder)
+            saved = latency.saves if latency is not None else partial(saved_of, budget=self.to)
+            losses = measure_losses(model, traced, ranks, self, targets, saved, context, recorder)
             if latency is not None:
                 chosen = latency.meet(losses, self.power)
                 recorder.numbers["latency_predicted_ms"] = latency.predicted_ms(chosen)

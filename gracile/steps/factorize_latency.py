@@ -49,6 +49,10 @@ class RankLatency:
         """The ranks that are faster than the whole layer, by layer."""
         return {candidate: list(row) for candidate, row in self.saved.items()}
 
+    def saves(self, candidate: Candidate, rank: Rank) -> float:
+        """The share of the latency that the layer alone saves at this rank."""
+        return self.saved[candidate][rank]
+
     def meet(self, losses: Mapping[str, Mapping[Rank, float]], power: float) -> dict[str, Rank]:
         """The ranks of least loss within the budget, as measured. Raises ConfigError naming the nearest latency."""
         whole_ms = self.timer.whole_ms
@@ -58,7 +62,7 @@ class RankLatency:
                 f"Factorize(to={self.budget}): the model is within this budget already ({whole_ms:.3g} ms)."
             )
         options = {
-            c.name: [Option(None, 0.0, 0.0), *(Option(r, losses[c.name][r], s) for r, s in row.items())]
+            c.name: [Option(None, 0.0, 0.0), *(Option(r, loss, row[r]) for r, loss in losses[c.name].items())]
             for c, row in self.saved.items()
             if c.name in losses
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,8 @@ from gracile.graph import Trace
 from gracile.knapsack import choose_options
 from gracile.modes import eval_mode
 from gracile.recipe import Recorder
-from gracile.solvers.base import Factors
+from gracile.solvers.base import Factors, Moments
+from gracile.solvers.low_rank import squared_error
 from gracile.stats.match import divergence
 from gracile.stats.refit import Refit
 from gracile.stats.replay import Replay
@@ -68,13 +69,15 @@ def measure_losses(
     ranks: Mapping[Candidate, Sequence[Rank]],
     step: Factorize,
     targets: Targets,
+    saved: Callable[[Candidate, Rank], float],
     context: Context,
     recorder: Recorder,
 ) -> dict[str, dict[Rank, float]]:
     """Layer -> rank -> divergence of the outputs from the model's, this layer alone being of that rank.
 
     On the inputs of the model as it is, whose outputs are the targets. Nothing is factorized: the product is put in the
-    weight's place. Ranks with which outputs are not finite are left out, and so is a layer that has no other.
+    weight's place. Ranks with which outputs are not finite are left out, and so is a layer that has no other; and ranks
+    that another one of the layer is better than, which saves no less and is nearer to what the layer gives.
     """
     batches = some_batches(context.data, step.examples)
     trial = copy.deepcopy(model).eval()
@@ -94,9 +97,10 @@ def measure_losses(
                 spatial: decompose(step, candidate, prior, moments, centre, spatial=spatial, roughly=True)
                 for spatial in {rank.spatial for rank in tried}
             }
+            errors = {r: layer_error(found[r.spatial].factors(r.value), moments) for r in tried}
             replay.seek(name)
             losses[name] = {}
-            for rank in tried:
+            for rank in not_dominated(errors, {rank: saved(candidate, rank) for rank in tried}):
                 undo = _put(trial, name, found[rank.spatial].factors(rank.value), repair.norms)
                 with torch.no_grad():
                     loss = divergence([logits_of(replay.run(i)) for i in range(len(batches))], references)
@@ -110,19 +114,32 @@ def measure_losses(
     return {name: found for name, found in losses.items() if found}
 
 
+def layer_error(factors: Factors, moments: Moments) -> float:
+    """E‖t − A x − b‖² of the factors."""
+    return squared_error(factors.product, factors.shift, moments)
+
+
+def not_dominated(errors: Mapping[Rank, float], saved: Mapping[Rank, float]) -> list[Rank]:
+    """The ranks, in their order, but for those of which another one saves no less at a smaller error."""
+    return [r for r in errors if not any(saved[o] >= saved[r] and errors[o] < errors[r] for o in errors)]
+
+
+def saved_of(candidate: Candidate, rank: Rank, budget: Budget | None) -> float:
+    """What a rank saves in the budget's unit, exactly; weights where there is no budget."""
+    if isinstance(budget, MACs):
+        return candidate.macs - candidate.macs_at(rank)
+    weights = candidate.weights - candidate.weights_at(rank)
+    return float(weights * candidate.element_bytes if isinstance(budget, Bytes) else weights)
+
+
 def options_of(
     candidates: Sequence[Candidate], losses: Mapping[str, Mapping[Rank, float]], budget: Budget | None
 ) -> Options:
-    """What each rank saves in the budget's unit, exactly; weights where there is no budget. Those that save nothing are
-    left out."""
-
-    def saved(candidate: Candidate, rank: Rank) -> float:
-        if isinstance(budget, MACs):
-            return candidate.macs - candidate.macs_at(rank)
-        weights = candidate.weights - candidate.weights_at(rank)
-        return float(weights * candidate.element_bytes if isinstance(budget, Bytes) else weights)
-
-    found = {c.name: [Option(r, loss, saved(c, r)) for r, loss in losses.get(c.name, {}).items()] for c in candidates}
+    """The ranks whose losses are known with what they save; those that save nothing are left out."""
+    found = {
+        c.name: [Option(r, loss, saved_of(c, r, budget)) for r, loss in losses.get(c.name, {}).items()]
+        for c in candidates
+    }
     return {name: [Option(None, 0.0, 0.0), *(o for o in row if o.saved > 0)] for name, row in found.items() if row}
 
 
