@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 from gracile.context import Context
 from gracile.data import Batch, logits_of
 from gracile.errors import ConfigError, DataError
-from gracile.losses import SoftLabels
+from gracile.losses import Hint, SoftLabels
 from gracile.modes import channels_last, eval_mode
 from gracile.recipe import Recorder, Step
 from gracile.report.model import LayerRow, StepRecord
+from gracile.steps.hidden_states import HiddenStates, comparable_layers, hint_loss
 from gracile.steps.optimizers import SGD, AdamW, default_optimizer
 from gracile.steps.train import Schedule, train
 from gracile.steps.training_data import mix_examples, split_training
@@ -24,7 +26,8 @@ from gracile.steps.training_data import mix_examples, split_training
 class Distill(Step):
     """Minimise (1 − label_weight) · Σ losses(student, teacher) + label_weight · data.loss over the training data.
 
-    losses: distillation losses (student, teacher) -> scalar, summed: SoftLabels(temperature), HardLabels(), ...
+    losses: distillation losses (student, teacher) -> scalar, summed: SoftLabels(temperature), HardLabels(), ... of the
+        outputs, and Hint(layers) of what layers give, the mean over these.
     epochs: passes over `data.train`. The best one on held-out training data is kept.
     mixup: share of the training batches, in [0, 1], whose examples are mixed in pairs (`mix_examples`), for student and
         teacher alike. For inputs of real numbers, and without labels. Helps where the teacher knows its training data
@@ -86,6 +89,7 @@ class Distill(Step):
                 teacher = _answers(context.teacher, batch, context)
             except DataError as error:
                 raise DataError(f"Distill: the teacher cannot take the training batches.\n  {error}") from error
+        self._hidden_states(model, batch, context)
         if student.shape != teacher.shape:
             raise ConfigError(
                 f"Distill: the model answers with shape {tuple(student.shape)} and the teacher with "
@@ -100,6 +104,10 @@ class Distill(Step):
         split = split_training(data.train, self.held_out, context.run_generator("held out"))
         recorder.notes.append(split.note)
 
+        hidden = self._hidden_states(model, next(iter(data.train)), context)
+        for states in hidden.values():
+            recorder.notes.append(f"Hidden states of {len(states.layers)} modules: {', '.join(states.layers)}.")
+
         def objective(net: nn.Module, batch: Batch) -> Tensor:
             if self.mixup > 0 and torch.is_grad_enabled() and torch.rand(()).item() < self.mixup:
                 batch = mix_examples(batch)
@@ -107,16 +115,31 @@ class Distill(Step):
             student = logits_of(outputs).float()
             with torch.no_grad():
                 teacher = logits_of(data.forward(context.teacher, batch)).float()
-            loss = torch.stack([term(student, teacher) for term in self.losses]).sum()
+            terms = [term(student, teacher) for term in self.losses if not isinstance(term, Hint)]
+            terms += [hint_loss(hint, states) for hint, states in hidden.items()]
+            loss = torch.stack(terms).sum()
             if self.label_weight > 0 and data.loss is not None:
                 loss = (1 - self.label_weight) * loss + self.label_weight * data.loss(outputs, batch)
             return loss
 
         schedule = _schedule(self, model)
-        with eval_mode(context.teacher), channels_last(context.teacher):
+        with ExitStack() as stack:
+            for states in hidden.values():
+                stack.enter_context(states.watched(model, context.teacher))
+            stack.enter_context(eval_mode(context.teacher))
+            stack.enter_context(channels_last(context.teacher))
             train(model, objective, split, schedule, context, recorder)
         recorder.layers.append(LayerRow(name="(all)", kind=type(model).__name__, action="trained"))
         return recorder.record()
+
+    def _hidden_states(self, model: nn.Module, batch: Batch, context: Context) -> dict[Hint, HiddenStates]:
+        """What each hint compares."""
+
+        def run(net: nn.Module) -> Any:
+            return context.data.forward(net, batch)
+
+        hints = [loss for loss in self.losses if isinstance(loss, Hint)]
+        return {h: HiddenStates(comparable_layers(model, context.teacher, run, h.layers)) for h in hints}
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from gracile.modes import channels_last
 from gracile.nn import begin_training, end_training
 from gracile.recipe import Recorder
 from gracile.steps.optimizers import SGD, AdamW
+from gracile.steps.recentre import recentre_batch_norms
 from gracile.steps.training_data import Split
 
 #: (model, batch) -> scalar loss of a batch, differentiable.
@@ -106,6 +107,9 @@ def _epochs(
 ) -> None:
     if not state.history:
         state.finish_epoch(_validate(model, objective, split.validation))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(context.seed, "epoch", 0))
+            recentre_batch_norms(model, lambda batch: objective(model, batch), split.train)
     steps = split.batches * schedule.epochs
     for epoch in range(len(state.history), schedule.epochs + 1):
         with torch.random.fork_rng(devices=[]):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gracile.data import Batch
 from gracile.errors import ConfigError
-from gracile.losses import CosineDistance, DistillationLoss, HardLabels, MeanSquaredError, SoftLabels
+from gracile.losses import CosineDistance, DistillationLoss, HardLabels, Hint, MeanSquaredError, SoftLabels
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ MEMBERS = [
     Member(HardLabels(), minimum=None),
     Member(CosineDistance()),
     Member(MeanSquaredError()),
+    Member(Hint()),
+    Member(Hint(("layers.*",), weight=0.5)),
 ]
 
 each_member = pytest.mark.parametrize("member", MEMBERS, ids=lambda m: str(m.loss))
