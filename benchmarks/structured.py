@@ -22,7 +22,7 @@ import gracile as gc
 from benchmarks.channels import cut_by_torch_pruning, macs
 from benchmarks.datasets import augment, augmented_loader, batches, cifar10
 from benchmarks.models import accuracy, resnet20_akamaster, resnet20_projection, resnet32_akamaster
-from gracile.steps import SGD
+from gracile.steps import AdamW
 
 MODELS = {
     "woodfisher_resnet20": (resnet20_projection, "woodfisher"),
@@ -82,7 +82,9 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=2058)
     parser.add_argument("--low-rank", type=float, default=0.0)
     parser.add_argument("--tune", type=int, default=0)
-    parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--no-hints", dest="hints", action="store_false", help="soft labels alone")
+    parser.add_argument("--images", choices=("train20k", "train50k"), default="train20k", help="to train on")
     parser.add_argument("--mixup", type=float, default=0.5)
     parser.add_argument("--cuts", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=8, help="of the allocation, at most")
@@ -93,7 +95,8 @@ def main() -> None:
     build, normalisation = MODELS[args.model]
     model = build()
     images, labels = cifar10("train20k", normalisation)
-    data = gc.Data(calibration=calibration(images, args.calibration, args.seed), train=augmented_loader(images, labels))
+    training = cifar10(args.images, normalisation)
+    data = gc.Data(calibration=calibration(images, args.calibration, args.seed), train=augmented_loader(*training))
     test, answers = cifar10("test5k", normalisation)
     dense = macs(model, test[:1])
     print(json.dumps({"model": args.model, "dense": accuracy(model, test, answers), "macs": dense}), flush=True)
@@ -132,12 +135,13 @@ def method(settings: dict[str, object], ratio: float, args: argparse.Namespace) 
 
 
 def distillation(args: argparse.Namespace) -> gc.Distill:
-    """KL from the original."""
+    """From the original: its states behind every block, and where these differ in width only its logits."""
+    hints = (gc.losses.Hint(),) if args.hints else ()
     return gc.Distill(
-        losses=(gc.SoftLabels(temperature=3.0),),
+        losses=(*hints, gc.SoftLabels(temperature=1.0)),
         epochs=args.tune,
         mixup=args.mixup,
-        optimizer=SGD(args.learning_rate),
+        optimizer=AdamW(args.learning_rate, weight_decay=0.0),
         mixed_precision=True,
     )
 

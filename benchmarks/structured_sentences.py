@@ -4,8 +4,8 @@
 
 Training sentences of STS-B calibrate, those that also stand in the test split left out, batched by their exact number
 of tokens; 400 others of them give the mean cosine loss, and the test pairs Spearman. --epochs: of distillation from the
-original after each cut, by cosine distance on the training sentences but those 400. --time only times what the folder
-holds, ONNX Runtime in float32, batch 32 of 32 tokens, every model in one run.
+original after each cut, by hidden states and cosine distance on the training sentences but those 400. --time only times
+what the folder holds, ONNX Runtime in float32, batch 32 of 32 tokens, every model in one run.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def main() -> None:
         if args.epochs:
             start = time.perf_counter()
             distil = gc.Distill(
-                losses=(gc.losses.CosineDistance(),),
+                losses=(gc.losses.Hint(), gc.losses.CosineDistance()),
                 epochs=args.epochs,
                 optimizer=AdamW(args.learning_rate),
                 mixed_precision=True,
