@@ -64,13 +64,18 @@ def decomposed(model: nn.Module, swaps: list[Swap], data: gc.Data, whitened: boo
     net: Any = copy.deepcopy(model)
     stats = collect_activations(model, [s.name for s in swaps], {"gram", "input_mean"}, data) if whitened else {}
     for swap in swaps:
-        weight: Any = net.get_submodule(swap.name).weight
-        matrix, rank = weight.detach().flatten(1).double(), swap.config["rank"]
+        layer: Any = net.get_submodule(swap.name)
+        matrix, rank, side = layer.weight.detach().flatten(1).double(), swap.config["rank"], swap.config.get("split")
         gram, mean = torch.eye(matrix.shape[1], dtype=torch.float64), torch.zeros(matrix.shape[1], dtype=torch.float64)
         if whitened:
             found = stats[swap.name]
             gram, mean = _double(found.gram)[0] / 2, _double(found.input_mean)
-        factors = gc.solvers.LowRank(damping=1e-6)(matrix, symmetric(matrix, gram, mean), False).factors(rank)
+        moments = symmetric(matrix, gram, mean)
+        if side is None:
+            factors = gc.solvers.LowRank(damping=1e-6)(matrix, moments, False).factors(rank)
+        else:
+            solver = gc.solvers.SpatialLowRank(damping=1e-6, sweeps=0)
+            factors = solver(matrix, moments, False, layer.kernel_size, side == "horizontal").factors(rank)
         apply(net, [swap])
         net.get_submodule(swap.name).set_factors(factors.first, factors.second)
     return net  # type: ignore[no-any-return]
@@ -88,6 +93,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=None, help="images or sentences. [default: 2058 or 500]")
     parser.add_argument("--examples", type=int, default=None, help="behind one loss. [default: 512 or 128]")
     parser.add_argument("--powers", type=float, nargs="+", default=[gc.Factorize(0.5).power])
+    parser.add_argument("--no-sides", action="store_true", help="convolutions are not split along their kernels' sides")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     images = args.model == "resnet20"
@@ -96,7 +102,9 @@ def main() -> None:
     for share in args.to:
         for power in args.powers:
             start = time.perf_counter()
-            step = gc.Factorize(to=gc.MACs(share), power=power, examples=args.examples or (512 if images else 128))
+            spatial = None if args.no_sides else gc.solvers.SpatialLowRank()
+            examples = args.examples or (512 if images else 128)
+            step = gc.Factorize(to=gc.MACs(share), power=power, examples=examples, spatial=spatial)
             result = gc.compress(model, step, data, seed=args.seed)
             seconds = time.perf_counter() - start
             rows = [row for row in result.report.steps[0].layers if row.action == "factorized"]

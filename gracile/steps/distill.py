@@ -33,7 +33,8 @@ class Distill(Step):
         teacher alike. For inputs of real numbers, and without labels. Helps where the teacher knows its training data
         by heart: between them its answers say more. Source: Beyer et al. 2022, arXiv:2106.05237.
     label_weight: share of the true labels' loss, in [0, 1); above 0 it needs `data.loss`.
-    optimizer: SGD(...) or AdamW(...). None: SGD for nets with two-dimensional batch norms, AdamW for others.
+    optimizer: SGD(...) or AdamW(...). None: AdamW(1e-3) with a Hint, which goes on from a good start; without, SGD for
+        nets with two-dimensional batch norms and AdamW for others.
     held_out: share of the training data set aside to choose the epoch, the same in all trainings of a run.
     mixed_precision: run the forward passes in bfloat16 where torch deems it safe.
     span: the part of the learning rate's schedule (warm-up, then cosine decay to zero) that these epochs go through;
@@ -122,7 +123,7 @@ class Distill(Step):
                 loss = (1 - self.label_weight) * loss + self.label_weight * data.loss(outputs, batch)
             return loss
 
-        schedule = _schedule(self, model)
+        schedule = _schedule(self, model, AdamW(1e-3) if hidden else None)
         with ExitStack() as stack:
             for states in hidden.values():
                 stack.enter_context(states.watched(model, context.teacher))
@@ -189,8 +190,9 @@ def _answers(model: nn.Module, batch: Batch, context: Context) -> Tensor:
         return logits_of(context.data.forward(model, batch))
 
 
-def _schedule(step: Distill | Finetune, model: nn.Module) -> Schedule:
-    return Schedule(step.epochs, step.optimizer or default_optimizer(model), step.mixed_precision, step.span)
+def _schedule(step: Distill | Finetune, model: nn.Module, default: SGD | AdamW | None = None) -> Schedule:
+    optimizer = step.optimizer or default or default_optimizer(model)
+    return Schedule(step.epochs, optimizer, step.mixed_precision, step.span)
 
 
 def _check_training(step: Distill | Finetune) -> None:
