@@ -42,10 +42,9 @@ class SpatialDecomposition:
 
     def _second(self, c: Tensor) -> Tensor:
         """B, given C: least squares on what C makes of the inputs at each of the j places."""
-        rank, places = len(c), self.kernel[1]
-        made = torch.einsum("rci,jk->rjcik", c, torch.eye(places, dtype=c.dtype)).reshape(rank * places, -1)
-        measured = made @ self.metric
-        gram = measured @ made.T
+        rank, places, flat = len(c), self.kernel[1], c.flatten(1)
+        measured = torch.einsum("rm,mjd->rjd", flat, self.metric.unflatten(0, (-1, places))).flatten(0, 1)
+        gram = torch.einsum("nmk,sm->nsk", measured.unflatten(1, (-1, places)), flat).flatten(1)
         gram.diagonal().add_(1e-10 * gram.diagonal().mean())  # two rows of C may say the same
         return torch.linalg.solve(gram, measured @ self.solution.T).T.unflatten(1, (rank, places))
 

@@ -148,3 +148,14 @@ def test_one_step_is_that_of_the_mean_over_layers() -> None:
     )
     # the first step of the warm-up has a thousandth of the rate
     torch.testing.assert_close(student.first.up.weight.detach(), before - 0.1 * gradient, rtol=0, atol=1e-6)
+
+
+def test_with_hints_the_default_is_adam_at_a_rate_that_goes_on_from_a_good_start() -> None:
+    trained = []
+    for optimizer in (None, AdamW(1e-3)):
+        student = Net(seed=1)
+        Distill(losses=(Hint(),), epochs=2, optimizer=optimizer, held_out=0)(
+            student, Context(gc.Data(train=[X]), Net(), Net())
+        )
+        trained.append(student.first.up.weight.detach())
+    assert torch.equal(*trained)
