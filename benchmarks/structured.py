@@ -6,7 +6,8 @@ All images are of train20k; test5k only judges the result. The nets have memoris
 to them says little: the batches that the allocation is judged by, the first of every eight, hold others, flipped and
 shifted. --low-rank: the part of the way to the budget, by ratio, that is left to Factorize after the cut. --tune:
 epochs of distillation from the original on augmented train20k after the cut, labels unused; with --cuts above 1 the cut
-is made in so many parts between the first half of these epochs.
+is made in so many parts between the first half of these epochs. Hints need the width of the stream: --no-hints where a
+variant cuts it.
 """
 
 from __future__ import annotations
@@ -58,6 +59,11 @@ def variants(rounds: int) -> dict[str, dict[str, object]]:
         "no swap search": whole | {"criterion": gc.criteria.OBS(swap_sweeps=0)},
         "inner channels only": whole | {"exclude": STREAM},
         "uniform magnitude": {"pattern": gc.Channels(), "allocation": gc.allocate.Uniform()},
+        "uniform magnitude, inner": {
+            "pattern": gc.Channels(),
+            "allocation": gc.allocate.Uniform(),
+            "exclude": STREAM,
+        },
     }
 
 
