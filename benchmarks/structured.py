@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--low-rank", type=float, default=0.0)
     parser.add_argument("--tune", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--no-hints", dest="hints", action="store_false", help="soft labels alone")
+    parser.add_argument("--no-hints", dest="hints", action="store_false", help="soft labels in their place")
     parser.add_argument("--images", choices=("train20k", "train50k"), default="train20k", help="to train on")
     parser.add_argument("--mixup", type=float, default=0.5)
     parser.add_argument("--cuts", type=int, default=1)
@@ -141,10 +141,9 @@ def method(settings: dict[str, object], ratio: float, args: argparse.Namespace) 
 
 
 def distillation(args: argparse.Namespace) -> gc.Distill:
-    """From the original: its states behind every block, and where these differ in width only its logits."""
-    hints = (gc.losses.Hint(),) if args.hints else ()
+    """From the original: its states behind every block, or its logits."""
     return gc.Distill(
-        losses=(*hints, gc.SoftLabels(temperature=1.0)),
+        losses=(gc.losses.Hint() if args.hints else gc.SoftLabels(temperature=3.0),),
         epochs=args.tune,
         mixup=args.mixup,
         optimizer=AdamW(args.learning_rate, weight_decay=0.0),
