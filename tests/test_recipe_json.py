@@ -33,6 +33,8 @@ STEPS = [
     gc.Prune(to=gc.MACs(0.5), pattern=(gc.Channels(multiple_of=4), gc.Heads()), criterion=gc.criteria.OBS(rounds=9)),
     gc.Prune(0.5, allocation=gc.allocate.GlobalRank(max_fraction=0.9, per_cost=True)),
     gc.Factorize(0.3, solver=gc.solvers.LowRank(damping=0.1), levels=3, exclude=("head",)),
+    gc.Factorize(0.3, spatial=gc.solvers.SpatialLowRank(damping=0.1, sweeps=1, steps=3)),
+    gc.Factorize(0.3, spatial=None),
     gc.Factorize(to=gc.Latency(0.5, target=gc.OnnxRuntime()), power=1, multiple_of=8, correct=False),
     gc.Quantize(gc.W8A8),
     gc.Quantize(gc.W8A16, ranges=gc.ranges.MinMax()),
@@ -43,6 +45,7 @@ STEPS = [
     gc.Quantize(gc.FixedPoint(factor=256)),
     gc.Quantize(gc.Scheme("own", gc.Int(5, gc.formats.PerChannel(1)), gc.Int(7, gc.formats.PerTensor()))),
     gc.Distill(),
+    gc.Distill(losses=(gc.losses.Hint(), gc.losses.Hint(("a.*", "b"), weight=0.5)), mixup=0.5),
     gc.Distill(
         losses=(gc.SoftLabels(temperature=2.5), gc.HardLabels(), gc.losses.CosineDistance(), gc.losses.MeanSquaredError()),  # noqa: E501
         epochs=3, label_weight=0.25, optimizer=gc.steps.SGD(learning_rate=0.1), held_out=0.1, mixed_precision=True,
