@@ -15,9 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from fnmatch import fnmatch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import gracile as gc
 from benchmarks.channels import cut_by_torch_pruning, macs
@@ -41,8 +42,10 @@ STREAM = ("conv1", "layer?.0.conv2", "layer?.0.downsample*")
 PEER = "Torch-Pruning"
 
 
-def variants(rounds: int) -> dict[str, dict[str, object]]:
+def variants(rounds: int, model: nn.Module) -> dict[str, dict[str, object]]:
     """Settings of Prune by name: the whole method, it without one part each, and the usual way."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    stream = tuple(pattern for pattern in STREAM if any(fnmatch(name, pattern) for name in layers))
     whole = {
         "criterion": gc.criteria.OBS(),
         "allocation": gc.allocate.MeasuredLoss(examples=JUDGED, rounds=rounds),
@@ -57,12 +60,12 @@ def variants(rounds: int) -> dict[str, dict[str, object]]:
         "no refit": whole | {"repair": None},
         "one start, no rounds": whole | {"allocation": gc.allocate.MeasuredLoss(examples=JUDGED, rounds=0)},
         "no swap search": whole | {"criterion": gc.criteria.OBS(swap_sweeps=0)},
-        "inner channels only": whole | {"exclude": STREAM},
+        "inner channels only": whole | {"exclude": stream},
         "uniform magnitude": {"pattern": gc.Channels(), "allocation": gc.allocate.Uniform()},
         "uniform magnitude, inner": {
             "pattern": gc.Channels(),
             "allocation": gc.allocate.Uniform(),
-            "exclude": STREAM,
+            "exclude": stream,
         },
     }
 
@@ -107,7 +110,7 @@ def main() -> None:
     dense = macs(model, test[:1])
     print(json.dumps({"model": args.model, "dense": accuracy(model, test, answers), "macs": dense}), flush=True)
     for ratio in args.ratios:
-        for name in [*variants(args.rounds), PEER]:
+        for name in [*variants(args.rounds, model), PEER]:
             if name not in args.variants and ("all" not in args.variants or name == PEER):
                 continue
             start = time.perf_counter()
@@ -116,7 +119,7 @@ def main() -> None:
                 student = cut_by_torch_pruning(model, "magnitude", ratio, dense, labelled)
                 step = distillation(args)
             else:
-                student, step = model, method(variants(args.rounds)[name], ratio, args)
+                student, step = model, method(variants(args.rounds, model)[name], ratio, args)
             result = gc.compress(student, step, data, teacher=model, seed=args.seed)
             seconds = time.perf_counter() - start
             left = macs(result.model, test[:1])
