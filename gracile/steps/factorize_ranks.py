@@ -20,7 +20,7 @@ from gracile.graph import Trace
 from gracile.knapsack import choose_options
 from gracile.modes import eval_mode
 from gracile.recipe import Recorder
-from gracile.solvers.base import Factors, Moments
+from gracile.solvers.base import Factors
 from gracile.solvers.low_rank import squared_error
 from gracile.stats.match import divergence
 from gracile.stats.refit import Refit
@@ -97,7 +97,8 @@ def measure_losses(
                 spatial: decompose(step, candidate, prior, moments, centre, spatial=spatial, roughly=True)
                 for spatial in {rank.spatial for rank in tried}
             }
-            errors = {r: layer_error(found[r.spatial].factors(r.value), moments) for r in tried}
+            factors = ((rank, found[rank.spatial].factors(rank.value)) for rank in tried)
+            errors = {rank: squared_error(f.product, f.shift, moments) for rank, f in factors}
             replay.seek(name)
             losses[name] = {}
             for rank in not_dominated(errors, {rank: saved(candidate, rank) for rank in tried}):
@@ -112,11 +113,6 @@ def measure_losses(
                 recorder.skip(name, candidate.kind, "outputs are not finite with it factorized")
             context.progress("rank tables", done + 1, len(ranks))
     return {name: found for name, found in losses.items() if found}
-
-
-def layer_error(factors: Factors, moments: Moments) -> float:
-    """E‖t − A x − b‖² of the factors."""
-    return squared_error(factors.product, factors.shift, moments)
 
 
 def not_dominated(errors: Mapping[Rank, float], saved: Mapping[Rank, float]) -> list[Rank]:
