@@ -36,7 +36,8 @@ class Distill(Step):
     optimizer: SGD(...) or AdamW(...). None: AdamW(1e-3) with a Hint, which goes on from a good start; without, SGD for
         nets with two-dimensional batch norms and AdamW for others.
     held_out: share of the training data set aside to choose the epoch, the same in all trainings of a run.
-    mixed_precision: run the forward passes in bfloat16 where torch deems it safe.
+    mixed_precision: run the forward passes in bfloat16 where torch deems it safe. On processors that only emulate it
+        the training runs in float32 all the same, and the report says so.
     span: the part of the learning rate's schedule (warm-up, then cosine decay to zero) that these epochs go through;
         (0, 1) is all of it. `Gradual` trains in parts.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gracile.context import Context, derive_seed
 from gracile.data import Batch, batch_size, device_of
+from gracile.environment import has_bfloat16, instruction_set
 from gracile.errors import DataError
 from gracile.files import write_bytes
 from gracile.modes import channels_last
@@ -81,6 +82,9 @@ def _fit(
     model: nn.Module, objective: Objective, split: Split, schedule: Schedule, context: Context, recorder: Recorder
 ) -> None:
     zeros = _Zeros(model)
+    if schedule.mixed_precision and device_of(model).type == "cpu" and not has_bfloat16():
+        schedule = replace(schedule, mixed_precision=False)
+        recorder.notes.append(f"Trained in float32: this processor ({instruction_set()}) only emulates bfloat16.")
     begin_training(model)
     zeros.follow(model)
     floating = [p for p in model.parameters() if p.is_floating_point()]

@@ -307,3 +307,15 @@ def test_mixed_precision_trains_float32_weights() -> None:
     record = Finetune(epochs=3, optimizer=AdamW(1e-2), held_out=0.25, mixed_precision=True)(model, context(model))
     assert record.numbers["held_out_loss"] < record.numbers["held_out_loss_before"]
     assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_is_used_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    monkeypatch.setattr("gracile.steps.train.has_bfloat16", lambda: native)
+    seen = set()
+    model = net()
+    watch = model.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    record = Finetune(epochs=1, held_out=0, mixed_precision=True)(model, context(model))
+    watch.remove()
+    assert (torch.bfloat16 in seen) == native
+    assert any("only emulates bfloat16" in note for note in record.notes) != native
