@@ -17,15 +17,21 @@ class Range(ABC):
 
     activation(histogram, fmt) -> (scale [] float32, zero_point [] int16) of a per-tensor format; the zero point is 0
         if the format is symmetric, and qmin where no value is negative.
-    weight(weight, fmt) -> scale float32, `fmt.scale_shape(weight.shape)`. Asymmetric formats keep the zero point of the
-        full range, which `fmt.encode(weight, scale)` restores: both ends are clipped by the same factor.
+    rows(rows, fmt, importance) -> (scale [k] float32, zero_point [k] int16) of weights [k, n], a scale for each row.
+        importance: [n] or [k, n], what an error in each counts, where the method looks at errors; None: all the same.
+        Asymmetric formats keep the zero point of the full range: both ends are clipped by the same factor.
     """
 
     @abstractmethod
     def activation(self, histogram: Histogram, fmt: Int) -> tuple[Tensor, Tensor]: ...
 
     @abstractmethod
-    def weight(self, weight: Tensor, fmt: Int) -> Tensor: ...
+    def rows(self, rows: Tensor, fmt: Int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+
+    def weight(self, weight: Tensor, fmt: Int) -> Tensor:
+        """The scales of a weight, float32, `fmt.scale_shape(weight.shape)`; `fmt.encode` finds the zero points."""
+        rows = to_rows(fmt.granularity, weight.detach().float())
+        return self.rows(rows, fmt)[0].reshape(fmt.scale_shape(weight.shape))
 
 
 def scale_and_zero(fmt: Int, low: Tensor | float, high: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -34,8 +40,6 @@ def scale_and_zero(fmt: Int, low: Tensor | float, high: Tensor | float) -> tuple
     return scale, torch.zeros_like(scale, dtype=torch.int16) if zero_point is None else zero_point
 
 
-def weight_rows(weight: Tensor, fmt: Int) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights that share a scale, [scales, n] float32, with the scale and zero point [scales] of their full range."""
-    rows = to_rows(fmt.granularity, weight.detach().float())
-    scale, zero_point = scale_and_zero(fmt, rows.amin(dim=1), rows.amax(dim=1))
-    return rows, scale, zero_point
+def full_range(rows: Tensor, fmt: Int) -> tuple[Tensor, Tensor]:
+    """Scale and zero point [k] that hold every weight of the rows [k, n]."""
+    return scale_and_zero(fmt, rows.amin(dim=1), rows.amax(dim=1))

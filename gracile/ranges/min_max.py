@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gracile.formats import Int
 from gracile.layer_stats import Histogram
-from gracile.ranges.base import Range, scale_and_zero, weight_rows
+from gracile.ranges.base import Range, full_range, scale_and_zero
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,6 @@ class MinMax(Range):
         """Scale and zero point that hold the exact extremes seen."""
         return scale_and_zero(fmt, histogram.minimum, histogram.maximum)
 
-    def weight(self, weight: Tensor, fmt: Int) -> Tensor:
-        """The scale that holds every weight."""
-        return weight_rows(weight, fmt)[1].reshape(fmt.scale_shape(weight.shape))
+    def rows(self, rows: Tensor, fmt: Int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The scale that holds every weight; importance plays no part."""
+        return full_range(rows, fmt)

@@ -10,7 +10,7 @@ from torch import Tensor
 from gracile.errors import ConfigError
 from gracile.formats import Int
 from gracile.layer_stats import Histogram
-from gracile.ranges.base import Range, scale_and_zero, weight_rows
+from gracile.ranges.base import Range, full_range, scale_and_zero
 
 #: Weights scored at a time: the fastest of 2^14 to 2^22 when measured.
 CHUNK = 1 << 19
@@ -56,15 +56,15 @@ class MSE(Range):
         best = int(errors.argmin())
         return low[best], high[best]
 
-    def weight(self, weight: Tensor, fmt: Int) -> Tensor:
-        """Per channel or group, the full-range scale times the best fraction."""
-        rows, scale, zero = weight_rows(weight, fmt)
+    def rows(self, rows: Tensor, fmt: Int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Per row, the full-range scale times the best fraction."""
+        scale, zero = full_range(rows, fmt)
         length = max(1, CHUNK // rows.shape[1])
-        parts = zip(rows.split(length), scale.split(length), zero.split(length))
-        chosen = torch.cat([self._best_scale(*part, fmt) for part in parts])
-        return chosen.reshape(fmt.scale_shape(weight.shape))
+        counts = [None] * len(rows) if importance is None else importance.expand_as(rows).split(length)
+        parts = zip(rows.split(length), scale.split(length), zero.split(length), counts)
+        return torch.cat([self._best_scale(*part, fmt) for part in parts]), zero
 
-    def _best_scale(self, rows: Tensor, full: Tensor, zero: Tensor, fmt: Int) -> Tensor:
+    def _best_scale(self, rows: Tensor, full: Tensor, zero: Tensor, importance: Tensor | None, fmt: Int) -> Tensor:
         chosen, least = full.clone(), torch.full_like(full, float("inf"))
         zero = zero.float().reshape(-1, 1)
         for step in range(self.thresholds, 0, -1):
@@ -72,7 +72,8 @@ class MSE(Range):
             column = scale.reshape(-1, 1)
             codes = torch.round(rows / column).add_(zero).clamp_(fmt.qmin, fmt.qmax)
             error = codes.sub_(zero).mul_(column).sub_(rows)
-            error = (error.square_() if self.power == 2 else error.abs_().pow_(self.power)).sum(dim=1)
+            error = error.square_() if self.power == 2 else error.abs_().pow_(self.power)
+            error = (error if importance is None else error.mul_(importance)).sum(dim=1)
             better = error < least
             chosen, least = torch.where(better, scale, chosen), torch.where(better, error, least)
         return chosen

@@ -10,7 +10,7 @@ from torch import Tensor
 from gracile.errors import ConfigError
 from gracile.formats import Int
 from gracile.layer_stats import Histogram
-from gracile.ranges.base import Range, scale_and_zero, weight_rows
+from gracile.ranges.base import Range, full_range, scale_and_zero
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,12 @@ class Percentile(Range):
         high = min(_quantile(histogram, self.p / 100), histogram.maximum)
         return scale_and_zero(fmt, low, high)
 
-    def weight(self, weight: Tensor, fmt: Int) -> Tensor:
-        """Full-range scale times the larger of (percentile / extreme) of the two sides, so that both fit."""
-        rows, scale, _ = weight_rows(weight, fmt)
+    def rows(self, rows: Tensor, fmt: Int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Full-range scale times the larger of (percentile / extreme) of the two sides, so that both fit.
+
+        importance plays no part.
+        """
+        scale, zero = full_range(rows, fmt)
         last = rows.shape[1] - 1
         ordered = rows.sort(dim=1).values
         low = _interpolate(ordered, last * (1 - self.p / 100)).clamp(max=0)
@@ -46,7 +49,7 @@ class Percentile(Range):
             ratio = torch.maximum(_share(low, ordered[:, 0]), _share(high, ordered[:, -1]))
         # A row of mostly zeros has percentiles of 0; its extremes are then all there is to represent.
         ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio))
-        return (scale * ratio).reshape(fmt.scale_shape(weight.shape))
+        return scale * ratio, zero
 
 
 def _quantile(histogram: Histogram, share: float) -> float:

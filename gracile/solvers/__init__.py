@@ -1,10 +1,22 @@
-"""Solvers: closed forms that choose the weights which remain."""
+"""Solvers: weights that remain, and grid points they are rounded to, chosen by what a layer's output loses."""
 
 from __future__ import annotations
 
 from gracile.solvers.base import Moments
+from gracile.solvers.gptq import GPTQ
 from gracile.solvers.least_squares import LeastSquares
 from gracile.solvers.low_rank import LowRank
+from gracile.solvers.rounding import Grid, Rounded, RoundingProblem, RoundingSolver
 from gracile.solvers.spatial_low_rank import SpatialLowRank
 
-__all__ = ["LeastSquares", "LowRank", "Moments", "SpatialLowRank"]
+__all__ = [
+    "GPTQ",
+    "Grid",
+    "LeastSquares",
+    "LowRank",
+    "Moments",
+    "Rounded",
+    "RoundingProblem",
+    "RoundingSolver",
+    "SpatialLowRank",
+]
