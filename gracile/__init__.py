@@ -20,7 +20,7 @@ from gracile.errors import (
     TargetError,
 )
 from gracile.export import export
-from gracile.formats import W4A16, W8A8, W8A16, FixedPoint, Int, Scheme
+from gracile.formats import W2A2, W2A8, W3A3, W4A4, W4A8, W4A16, W8A8, W8A16, FixedPoint, Int, Scheme
 from gracile.goal import Bytes, Goal, Latency, MACs, Parameters
 from gracile.losses import HardLabels, SoftLabels
 from gracile.optimize import optimize
@@ -35,6 +35,11 @@ from gracile.version import __version__
 
 __all__ = [
     "NM",
+    "W2A2",
+    "W2A8",
+    "W3A3",
+    "W4A4",
+    "W4A8",
     "W4A16",
     "W8A8",
     "W8A16",

@@ -10,11 +10,12 @@ from typing import Any
 from gracile import allocate, criteria, equalize, formats, goal, losses, patterns, ranges, solvers, targets
 from gracile.config import from_config
 from gracile.errors import ConfigError
-from gracile.formats import W4A16, W8A8, W8A16, FixedPoint, Format, Int, Scheme
+from gracile.formats import FixedPoint, Format, Int, Scheme
 from gracile.recipe import Recipe, Step, only
 from gracile.steps import SGD, AdamW, Distill, Factorize, Finetune, Gradual, Iterative, Prune, Quantize
 
-SCHEME_NAMES = "w8a8, w8a16, w4a16[:group], int2 ... int8 or fixed:factor"
+SCHEME_NAMES = "w8a8, w7a8, w8a16, w4a8, w4a4, w3a8, w3a3, w2a8, w2a2, w4a16[:group], w3a16[:group], w2a16[:group], "
+SCHEME_NAMES += "int2 ... int8 or fixed:factor"
 
 
 def recipe_from_json(config: Any) -> Step:
@@ -48,16 +49,17 @@ def classes() -> dict[str, Callable[..., Any]]:
 
 
 def scheme_named(name: str) -> Scheme | Format:
-    """The scheme or format with a short name: w8a8, w8a16, w4a16 (groups of 128), w4a16:32, int2 ... int8, fixed:256.
+    """The scheme or format with a short name: w8a8, w4a8, w4a16 (groups of 128), w4a16:32, int2 ... int8, fixed:256.
 
     int<b> are weights of b bits with one scale per output channel; fixed:<f> is round(x · f) / f. Raises ConfigError.
     """
-    fixed: dict[str, Scheme] = {"w8a8": W8A8, "w8a16": W8A16}
     key, _, amount = name.strip().lower().partition(":")
-    if key in fixed and not amount:
-        return fixed[key]
-    if key == "w4a16" and re.fullmatch(r"|[1-9]\d*", amount):
-        return W4A16(int(amount)) if amount else W4A16()
+    preset = getattr(formats, key.upper(), None) if re.fullmatch(r"w\da\d+", key) else None
+    if isinstance(preset, Scheme) and not amount:
+        return preset
+    if callable(preset) and re.fullmatch(r"|[1-9]\d*", amount):
+        scheme: Scheme = preset(int(amount)) if amount else preset()
+        return scheme
     if re.fullmatch(r"int[2-8]", key) and not amount:
         return Int(int(key[3:]))
     if key == "fixed" and re.fullmatch(r"\d+(\.\d+)?", amount):

@@ -37,6 +37,7 @@ STEPS = [
     gc.Factorize(0.3, spatial=None),
     gc.Factorize(to=gc.Latency(0.5, target=gc.OnnxRuntime()), power=1, multiple_of=8, correct=False),
     gc.Quantize(gc.W8A8),
+    gc.Quantize(gc.W4A8, solver=gc.solvers.GPTQ(order="given", beam=2, polish=1, rounds=2, damping=0.1, asymmetry=0.25, block=32)),  # noqa: E501
     gc.Quantize(gc.W8A16, ranges=gc.ranges.MinMax()),
     gc.Quantize(gc.W8A8, equalize=gc.equalize.SmoothQuant(alphas=(0.5, 0.7), minimum_gain=1.5)),
     gc.Quantize(gc.W4A16(group=32), ranges=gc.ranges.MSE(thresholds=64, power=2.4), exclude=("stem",)),
@@ -74,7 +75,7 @@ def test_every_public_member_of_every_family_is_in_a_step_above():
         (gc.losses, {"DistillationLoss"}),
         (gc.ranges, {"Range"}),
         (gc.formats, {"Format", "Granularity"}),
-        (gc.solvers, {"Moments"}),
+        (gc.solvers, {"Moments", "Grid", "Rounded", "RoundingProblem", "RoundingSolver"}),
         (gc.equalize, set()),
         (gc.targets, {"Target", "Capabilities", "Runner", "Outputs"}),
     ):
@@ -93,6 +94,9 @@ def test_a_list_is_a_recipe_and_a_scheme_may_be_named():
     [
         ("w8a8", gc.W8A8),
         ("W8A16", gc.W8A16),
+        ("w7a8", gc.formats.W7A8),
+        ("w3a3", gc.W3A3),
+        ("w2a16:64", gc.formats.W2A16(64)),
         ("w4a16", gc.W4A16(128)),
         ("w4a16:32", gc.W4A16(32)),
         ("int2", gc.Int(2)),
@@ -106,13 +110,13 @@ def test_short_names_of_formats(name, expected):
 
 
 @pytest.mark.parametrize(
-    "name", ["", "w3a3", "int9", "int1", "w4a16:", "w4a16:x", "w4a16:0", "w8a8:32", "fixed", "fixed:"]
+    "name", ["", "w5a5", "w3a3:8", "int9", "int1", "w4a16:", "w4a16:x", "w4a16:0", "w8a8:32", "fixed", "fixed:"]
 )
 def test_other_names_are_refused_with_those_there_are(name):
     if name == "w4a16:":
         assert scheme_named(name) == gc.W4A16(128)  # an empty amount is none
         return
-    with pytest.raises(gc.ConfigError, match=r"w8a8, w8a16, w4a16"):
+    with pytest.raises(gc.ConfigError, match=r"w8a8, .*w4a16\[:group\], .*int2"):
         scheme_named(name)
 
 
@@ -125,7 +129,7 @@ def test_other_names_are_refused_with_those_there_are(name):
         ({"type": "Prune", "fraction": 1.5}, "below 1"),
         ({"type": "Prune", "fraction": "a third"}, "fraction"),
         ({"type": "Quantize"}, "scheme"),
-        ({"type": "Quantize", "scheme": "w3a3"}, "not a number format"),
+        ({"type": "Quantize", "scheme": "w5a5"}, "not a number format"),
         ({"type": "Quantize", "scheme": {"callable": "os:system"}}, "cannot carry the function os:system"),
         ({"type": "Recipe", "steps": 3}, "Recipe"),
         ({"type": "Recipe", "steps": []}, "no steps"),

@@ -11,10 +11,19 @@ from gracile.errors import ArtifactError, ConfigError
 from gracile.formats.base import Format, Granularity, PerChannel, PerGroup, PerTensor, format_to_config
 from gracile.formats.fixed_point import FixedPoint
 from gracile.formats.integer import Int
-from gracile.formats.presets import W4A16, W8A8, W8A16, Scheme
+from gracile.formats.presets import W2A2, W2A8, W2A16, W3A3, W3A8, W3A16, W4A4, W4A8, W4A16, W7A8, W8A8, W8A16, Scheme
 
 __all__ = [
+    "W2A2",
+    "W2A8",
+    "W2A16",
+    "W3A3",
+    "W3A8",
+    "W3A16",
+    "W4A4",
+    "W4A8",
     "W4A16",
+    "W7A8",
     "W8A8",
     "W8A16",
     "FixedPoint",

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gracile.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Granularity:
@@ -29,12 +31,17 @@ class PerChannel(Granularity):
 
 @dataclass(frozen=True)
 class PerGroup(Granularity):
-    """One scale for `size` consecutive weights of a row; `scale` has shape [rows, columns / size].
+    """One scale for `size` consecutive weights of a row; `scale` has shape [rows, ceil(columns / size)].
 
-    The tensor is seen as [rows, columns]: a row is an index of axis 0; the columns are all other axes flattened.
+    The tensor is seen as [rows, columns]: a row is an index of axis 0; the columns are all other axes flattened. Where
+    size does not divide them, the last group of each row is shorter.
     """
 
     size: int = 128
+
+    def __post_init__(self) -> None:
+        if isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 1:
+            raise ConfigError(f"PerGroup(size={self.size!r}): a whole number of at least 1.")
 
 
 class Format(ABC):

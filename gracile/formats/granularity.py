@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from torch import Tensor
+from torch.nn import functional
 
 from gracile.errors import ConfigError
 from gracile.formats.base import Granularity, PerChannel, PerGroup, PerTensor
@@ -23,23 +24,24 @@ def scale_shape(granularity: Granularity, shape: Shape) -> Shape:
         return (shape[_axis(granularity, shape)],)
     if isinstance(granularity, PerGroup):
         rows, columns = _rows_and_columns(shape)
-        if granularity.size < 1 or columns % granularity.size:
-            raise ConfigError(
-                f"PerGroup(size={granularity.size}): the weight of shape {shape} has {columns} columns, which "
-                f"groups of {granularity.size} do not divide.\n"
-                f"  Use a size of {_or(nearest_group_sizes(columns, granularity.size))}, or PerChannel()."
-            )
-        return (rows, columns // granularity.size)
+        return (rows, -(-columns // granularity.size))
     raise ConfigError(
         f"{type(granularity).__name__} is not a granularity. Use PerTensor(), PerChannel() or PerGroup(n)."
     )
 
 
 def to_rows(granularity: Granularity, tensor: Tensor) -> Tensor:
-    """The tensor as [scales, weights that share one], scales in the order of the flattened `scale`."""
-    scales = math.prod(scale_shape(granularity, tuple(tensor.shape)))
+    """The tensor as [scales, weights that share one], scales in the order of the flattened `scale`.
+
+    A last group that is shorter than the others is filled up with zeros.
+    """
+    shape = tuple(tensor.shape)
+    scales = math.prod(scale_shape(granularity, shape))
     if isinstance(granularity, PerChannel):
-        tensor = tensor.movedim(_axis(granularity, tuple(tensor.shape)), 0)
+        tensor = tensor.movedim(_axis(granularity, shape), 0)
+    if isinstance(granularity, PerGroup):
+        tensor = tensor.reshape(shape[0], -1)
+        tensor = functional.pad(tensor, (0, -tensor.shape[1] % granularity.size))
     return tensor.reshape(scales, -1)
 
 
@@ -50,14 +52,10 @@ def from_rows(granularity: Granularity, rows: Tensor, shape: Shape) -> Tensor:
         axis = _axis(granularity, shape)
         moved = (shape[axis], *shape[:axis], *shape[axis + 1 :])
         return rows.reshape(moved).movedim(0, axis).contiguous()
+    if isinstance(granularity, PerGroup):
+        height, width = _rows_and_columns(shape)
+        return rows.reshape(height, -1)[:, :width].reshape(shape).contiguous()
     return rows.reshape(shape)
-
-
-def nearest_group_sizes(columns: int, size: int, count: int = 3) -> list[int]:
-    """The divisors of `columns` nearest to `size`, nearest first, ties to the smaller."""
-    small = [d for d in range(1, math.isqrt(columns) + 1) if columns % d == 0]
-    divisors = sorted({*small, *(columns // d for d in small)})
-    return sorted(divisors, key=lambda d: (abs(d - size), d))[:count]
 
 
 def _axis(granularity: PerChannel, shape: Shape) -> int:
@@ -70,8 +68,3 @@ def _rows_and_columns(shape: Shape) -> tuple[int, int]:
     if not shape:
         raise ConfigError("PerGroup: a weight with no dimensions has no rows.\n  Use PerTensor().")
     return shape[0], math.prod(shape[1:])
-
-
-def _or(sizes: list[int]) -> str:
-    texts = [str(size) for size in sizes]
-    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} or {texts[-1]}"

@@ -101,6 +101,10 @@ class QuantizedLayer(TrainsOnGrid):
             return self.decoded_weight()
         return super().__getattr__(name)
 
+    def on_input_grid(self, x: Tensor) -> Tensor:
+        """The input as the layer's operator gets it: on its grid, where it has one."""
+        return self._quantized("input", x)
+
     def _weight_as(self, x: Tensor) -> Tensor:
         weight = self.decoded_weight()
         return weight if weight.dtype == x.dtype else weight.to(x.dtype)
@@ -137,9 +141,11 @@ class QuantizedLinear(QuantizedLayer):
         ones = torch.ones(self.in_features, device=old.weight.device)  # type: ignore[arg-type,union-attr]
         self.register_buffer("input_multiplier", ones if config.get("smooth") else None)
 
+    def on_input_grid(self, x: Tensor) -> Tensor:
+        return super().on_input_grid(x if self.input_multiplier is None else x * self.input_multiplier.to(x.dtype))
+
     def forward(self, input: Tensor) -> Tensor:
-        x = input if self.input_multiplier is None else input * self.input_multiplier.to(input.dtype)
-        x = self._quantized("input", x)
+        x = self.on_input_grid(input)
         return self._quantized("output", F.linear(x, self._weight_as(x), self.bias))
 
 
@@ -172,7 +178,7 @@ class QuantizedConv(QuantizedLayer):
         self._reversed_padding_repeated_twice = list(getattr(old, "_reversed_padding_repeated_twice", ()))
 
     def forward(self, input: Tensor) -> Tensor:
-        x = self._quantized("input", input)
+        x = self.on_input_grid(input)
         weight, dimensions = self._weight_as(x), len(self.kernel_size)
         if self.transposed:
             y = _TRANSPOSED[dimensions](

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gracile.errors import ConfigError
+from gracile.solvers.nearest_plane import Columns, nearest_plane
 from gracile.solvers.rounding import Grid, Rounded, RoundingProblem, RoundingSolver, better_rows, nearest
 
 
@@ -24,14 +25,20 @@ class GPTQ(RoundingSolver):
 
     order: "activation" sorts columns by falling M_jj, inside a group and the groups by their largest, so that no index
         is needed when the model runs (group-aware order); "given" takes them as they stand.
+    beam: roundings of a row that go on side by side (`nearest_plane`); 1 is GPTQ's own sweep. None: as many as keep
+        the sweep below 2³¹ multiplications, from 1 to 8.
     polish: sweeps of the descent; 0 leaves the weight as GPTQ gives it.
+    rounds: how often columns are rounded and polished, from the second time on with the scales that the last polish
+        found; the best of each row is kept.
     damping: λ as a share of the mean of the diagonal. asymmetry: α, from 0 (what the layer gives on its present inputs)
         to 1 (what the original gave on its own).
     block: columns whose errors are passed on together; it changes nothing but the time.
     """
 
     order: str = "activation"
+    beam: int | None = None
     polish: int = 3
+    rounds: int = 4
     damping: float = 0.01
     asymmetry: float = 0.5
     block: int = 128
@@ -43,47 +50,32 @@ class GPTQ(RoundingSolver):
             raise ConfigError(f"GPTQ(damping={self.damping!r}): expected a positive number.")
         if not 0 <= self.asymmetry <= 1:
             raise ConfigError(f"GPTQ(asymmetry={self.asymmetry!r}): expected a number from 0 to 1.")
-        if self.polish < 0 or self.block < 1:
-            raise ConfigError("GPTQ: polish is at least 0 and block at least 1.")
+        if self.polish < 0 or min(self.rounds, self.block, 1 if self.beam is None else self.beam) < 1:
+            raise ConfigError("GPTQ: polish is at least 0, rounds, block and beam at least 1.")
+
+    def beam_for(self, weight: Tensor) -> int:
+        """How many roundings of each row of a weight [..., out, d] go on."""
+        products = weight.numel() * weight.shape[-1]
+        return self.beam or max(1, min(8, (1 << 31) // max(products, 1)))
 
     def __call__(self, prior: Tensor, problem: RoundingProblem, grid: Grid) -> Rounded:
         baseline = nearest(prior, problem, grid)
         group = grid.group or prior.shape[-1]
         block = self.block if grid.group is None else -(-self.block // group) * group
         order = column_order(problem.metric, group) if self.order == "activation" else None
-        state = _sweep(_permuted(problem, order), grid, block)
-        if order is not None:
-            state = state.in_order(order.argsort(-1), group)
-        for _ in range(self.polish):
-            _descend(state, problem, grid, block)
-        weight = state.weight.mT
-        found = Rounded(weight, state.scale.mT, state.zero.mT, problem.loss(weight), baseline.loss)
-        return better_rows(found, baseline)
-
-
-@dataclass
-class _State:
-    """Units, scales and zero points with the columns first: [..., d, out] and [..., groups, out]."""
-
-    units: Tensor
-    scale: Tensor
-    zero: Tensor
-    group: int
-
-    @property
-    def weight(self) -> Tensor:
-        return self.units * self.spread(self.scale)
-
-    def spread(self, tensor: Tensor) -> Tensor:
-        """[..., groups, out] as [..., d, out]."""
-        return tensor.repeat_interleave(self.group, dim=-2)[..., : self.units.shape[-2], :]
-
-    def in_order(self, order: Tensor, group: int) -> _State:
-        """Columns and their groups in another order, [..., d], that keeps groups together."""
-        units = self.units.gather(-2, order.unsqueeze(-1).expand_as(self.units))
-        groups = order[..., ::group] // group
-        places = groups.unsqueeze(-1).expand_as(self.scale)
-        return _State(units, self.scale.gather(-2, places), self.zero.gather(-2, places), self.group)
+        sorted_problem, back = _permuted(problem, order), None if order is None else order.argsort(dim=-1)
+        best, given = baseline, None
+        for _ in range(self.rounds):
+            state = nearest_plane(sorted_problem, grid, block, self.beam_for(prior), given)
+            if back is not None:
+                state = state.in_order(back)
+            for _ in range(self.polish):
+                _descend(state, problem, grid, block)
+            weight = state.weight.mT
+            found = Rounded(weight, state.scale.mT, state.zero.mT, problem.loss(weight), baseline.loss)
+            best = better_rows(found, best)
+            given = state if order is None else state.in_order(order)
+        return replace(best, nearest_loss=baseline.loss)
 
 
 def column_order(metric: Tensor, group: int) -> Tensor:
@@ -108,40 +100,7 @@ def _permuted(problem: RoundingProblem, order: Tensor | None) -> RoundingProblem
     return RoundingProblem(target, metric.gather(-1, order.unsqueeze(-2).expand_as(metric)))
 
 
-def _sweep(problem: RoundingProblem, grid: Grid, block: int) -> _State:
-    """Babai's nearest plane in the order of the columns."""
-    target, metric = problem.target.mT.contiguous(), problem.metric  # [..., d, out]
-    width = target.shape[-2]
-    group = grid.group or width
-    factor = torch.linalg.cholesky(metric.flip(-1, -2))
-    # Upper triangular, with a diagonal of ones: what an error in column k shifts the minimum of column j by.
-    passed = (factor / factor.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)).flip(-1, -2).contiguous()
-    diagonal = metric.diagonal(dim1=-2, dim2=-1)
-    units, errors = torch.empty_like(target), torch.empty_like(target)
-    scales, zeros = [], []
-    if grid.group is None:
-        scale, zero = grid.fit(problem.target, diagonal)
-        scales, zeros = [scale], [zero]
-    for start in range(0, width, block):
-        stop = min(start + block, width)
-        present = target[..., start:stop, :] - passed[..., :start, start:stop].mT @ errors[..., :start, :]
-        for j in range(start, stop):
-            i = j - start
-            if grid.group is not None and j % group == 0:
-                end = min(j + group, width)
-                scale, zero = grid.fit(present[..., i : end - start, :].mT, diagonal[..., j:end])
-                scales.append(scale)
-                zeros.append(zero)
-            column = present[..., i, :]
-            unit = grid.units(column, scale, zero)
-            error = unit * scale - target[..., j, :]
-            # The minimum moves by the whole error of column j, of which the compensation so far is a part.
-            units[..., j, :], errors[..., j, :] = unit, error
-            present[..., i + 1 :, :].addcmul_(passed[..., j, j + 1 : stop].unsqueeze(-1), error.unsqueeze(-2), value=-1)
-    return _State(units, torch.stack(scales, -2), torch.stack(zeros, -2), group)
-
-
-def _descend(state: _State, problem: RoundingProblem, grid: Grid, block: int) -> None:
+def _descend(state: Columns, problem: RoundingProblem, grid: Grid, block: int) -> None:
     """One sweep of coordinate descent over all scales and codes, in place; no step raises the loss of a row."""
     metric, target = problem.metric, problem.target.mT
     width, group = target.shape[-2], state.group
@@ -171,7 +130,7 @@ def _descend(state: _State, problem: RoundingProblem, grid: Grid, block: int) ->
             slope.addcmul_(metric[..., start:stop, j].unsqueeze(-1), change.unsqueeze(-2))
 
 
-def _rescale(state: _State, place: int, slope: Tensor, inner: Tensor) -> Tensor:
+def _rescale(state: Columns, place: int, slope: Tensor, inner: Tensor) -> Tensor:
     """Set the scales of one group to their best for the codes they have; how much each changed, [..., out].
 
     slope: half the gradient in the group's columns, [..., n, out]. inner: the metric among them.

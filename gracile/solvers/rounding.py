@@ -33,6 +33,10 @@ class Grid(ABC):
     def units(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """The u nearest to weight / scale; all of one shape, or such that broadcast."""
 
+    @abstractmethod
+    def second(self, weight: Tensor, scale: Tensor, zero: Tensor, unit: Tensor) -> Tensor:
+        """The u next nearest on the other side of weight / scale than `unit`; `unit` itself where the grid ends."""
+
 
 @dataclass(frozen=True)
 class RoundingProblem:
@@ -143,5 +147,5 @@ def better_rows(found: Rounded, baseline: Rounded) -> Rounded:
         torch.where(row, baseline.scale, found.scale),
         torch.where(row, baseline.zero, found.zero),
         torch.where(worse, baseline.loss, found.loss),
-        baseline.loss,
+        baseline.nearest_loss,
     )

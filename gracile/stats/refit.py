@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gracile.solvers import LeastSquares, Moments
-from gracile.stats.replay import Replay
-from gracile.stats.rows import count_rows, input_rows, rows_at, unfoldable
-from gracile.stats.sums import read_inputs, read_layer
-from gracile.stats.targets import Targets
-
-#: Of the largest scale of a batch norm: channels below it pass on next to nothing, and cannot make good an error.
-SMALL_SCALE = 1e-2
-
-
-class CannotRefitError(Exception):
-    """A layer sees other tokens in the compressed model than in the original; its text says which and how many."""
+from gracile.stats.moments import CannotRefitError, LayerMoments
+from gracile.stats.rows import unfoldable
 
 
 def refittable(module: nn.Module) -> bool:
@@ -30,59 +20,10 @@ def refittable(module: nn.Module) -> bool:
 
 
 @dataclass
-class Refit:
-    """Refits layers of a compressed model in place, each to the original's outputs on the inputs that it now gets.
+class Refit(LayerMoments):
+    """Refits layers of a compressed model in place, each to the original's outputs on the inputs that it now gets."""
 
-    targets: of the original, which like the model is in eval mode. kept: layer -> indices of the original's outputs
-    that the layer still has; all where not named. norms: layer -> the batch norm that alone reads its output, which
-    takes up a shifted mean where the layer has no bias. Where the output is added to a stream (`targets.sums`), the
-    target also carries the error of that stream.
-    """
-
-    model: nn.Module
-    targets: Targets
     solver: LeastSquares = field(default_factory=LeastSquares)
-    kept: Mapping[str, Tensor] = field(default_factory=dict)
-    norms: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.replay = Replay(self.model, self.targets.data, self.targets.batches)
-
-    def centred(self, name: str) -> bool:
-        """Whether the layer's outputs may shift by a constant, so that second moments are about the mean."""
-        return self.model.get_submodule(name).bias is not None or name in self.norms
-
-    @torch.no_grad()
-    def measure(self, name: str) -> Moments:
-        """Moments of the layer's present inputs and of what it should make of them, at the targets' rows.
-
-        The model must not change any more before the layer: forwards start there from now on.
-        Raises CannotRefitError where the layer gets another number of tokens than in the original (a router's choice).
-        """
-        target, layer = self.targets.of(name), self.model.get_submodule(name)
-        self.replay.seek(name)
-        total = Sums()
-        summed = self.targets.sums.get(name) if target.streams else None
-        for i in range(len(self.targets.batches)):
-            x, stream = read_layer(self.model, name, partial(self._run, i), summed)
-            inputs, wanted = self._inputs(name, x, i), self._rows(name, target.outputs[i])
-            if stream is not None:
-                stream0 = self._rows(name, target.streams[i])
-                wanted = wanted + self._gain(name, stream0 - rows_at(layer, stream, target.chosen[i]))
-            total.add(inputs, wanted)
-        return total.moments()
-
-    @torch.no_grad()
-    def measure_inputs(self, names: Iterable[str]) -> dict[str, Moments]:
-        """Moments of several layers in one forward of each batch, without the error of a stream."""
-        names = list(names)
-        totals = {name: Sums() for name in names}
-        for i in range(len(self.targets.batches)):
-            inputs = read_inputs(self.model, names, partial(self._run, i))
-            for name in names:
-                outputs = self.targets.of(name).outputs[i]
-                totals[name].add(self._inputs(name, inputs[name], i), self._rows(name, outputs))
-        return {name: total.moments() for name, total in totals.items()}
 
     @torch.no_grad()
     def solve(self, name: str, moments: Moments, columns: Tensor | None = None) -> None:
@@ -101,57 +42,7 @@ class Refit:
         layer.weight.copy_(solved.reshape(layer.weight.shape)).masked_fill_(zeros, 0.0)
         if bool(zeros.any()):  # the intercept was solved for weights that do not stay
             return
-        if layer.bias is not None:
-            layer.bias.copy_(source.bias[rows].double().cpu() + shift)
-        elif name in self.norms:
-            norm: Any = self.model.get_submodule(self.norms[name])
-            norm0: Any = self.targets.original.get_submodule(self.norms[name])
-            if norm.running_mean is not None:  # without, it takes out the mean of the batch by itself
-                norm.running_mean.copy_(norm0.running_mean[rows].double().cpu() - shift)
-
-    def _run(self, index: int, model: nn.Module) -> Any:
-        return self.replay.run(index)
-
-    def _inputs(self, name: str, x: Tensor, batch: int) -> Tensor:
-        layer, target = self.model.get_submodule(name), self.targets.of(name)
-        count = count_rows(layer, x)
-        if count != target.counts[batch]:
-            raise CannotRefitError(f"{name} reads {count} tokens, and {target.counts[batch]} in the original")
-        return input_rows(layer, x, target.chosen[batch])
-
-    def _rows(self, name: str, y: Tensor) -> Tensor:
-        """What is left of the original's outputs."""
-        return y[:, self.kept[name].to(y.device)] if name in self.kept else y
-
-    def _gain(self, name: str, delta: Tensor) -> Tensor:
-        """The error of the stream in the units of the layer's output: the batch norm behind it undone."""
-        if name not in self.norms:
-            return delta
-        norm: Any = self.model.get_submodule(self.norms[name])
-        if norm.running_var is None:
-            return torch.zeros_like(delta)
-        gain = torch.ones_like(norm.running_var) if norm.weight is None else norm.weight
-        able = gain.abs() > SMALL_SCALE * gain.abs().max()
-        scale = (norm.running_var + norm.eps).sqrt() / torch.where(able, gain, torch.ones_like(gain))
-        return delta * torch.where(able, scale, torch.zeros_like(scale))
-
-
-class Sums:
-    """Running sums of x xᵀ, t xᵀ, x, t and t² over batches, x: [n, d] and t: [n, out]."""
-
-    def __init__(self) -> None:
-        self.parts: list[Tensor] = []
-        self.count = 0
-
-    def add(self, x: Tensor, t: Tensor) -> None:
-        x, t = (a if a.dtype == torch.float64 else a.float() for a in (x, t))  # lower precision is none for sums
-        parts = [part.double().cpu() for part in (x.T @ x, t.T @ x, x.sum(0), t.sum(0), t.square().sum(0))]
-        self.parts = [a + b for a, b in zip(self.parts, parts, strict=True)] if self.parts else parts
-        self.count += len(x)
-
-    def moments(self) -> Moments:
-        gram, cross, mean, mean_target, square_target = (part / self.count for part in self.parts)
-        return Moments((gram + gram.T) / 2, cross, mean, mean_target, square_target)
+        self.shift(name, shift)
 
 
 def refit(repair: Refit, layers: Sequence[str], *, on_layer: Callable[[int], None] | None = None) -> dict[str, str]:

@@ -9,16 +9,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gracile.errors import ConfigError
+from gracile.nn import QuantizedConv, QuantizedLinear
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_LINEAR = (nn.Linear, QuantizedLinear)
 _Size = tuple[int, ...]
 
 
 def unfoldable(module: nn.Module) -> bool:
     """Whether `unfold_input` knows the layer."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, _LINEAR):
         return True
-    convolution = isinstance(module, (nn.Conv1d, nn.Conv2d))
+    if isinstance(module, QuantizedConv):
+        convolution = not module.transposed and len(module.kernel_size) < 3
+    else:
+        convolution = isinstance(module, (nn.Conv1d, nn.Conv2d))
     return convolution and not isinstance(module.padding, str) and module.padding_mode == "zeros"
 
 
@@ -28,7 +33,7 @@ def unfold_input(module: nn.Module, x: Tensor) -> Tensor:
     Linear: the leading axes are tokens. Conv1d and Conv2d: im2col with the layer's stride, padding and dilation.
     Raises ConfigError for another kind of layer.
     """
-    if isinstance(module, nn.Linear):
+    if isinstance(module, _LINEAR):
         return x.reshape(1, -1, x.shape[-1])
     if not unfoldable(module):
         raise ConfigError(f"Inputs of a {type(module).__name__} cannot be unfolded into the rows of its weight.")
@@ -42,7 +47,7 @@ def unfold_input(module: nn.Module, x: Tensor) -> Tensor:
 
 def output_rows(module: nn.Module, y: Tensor) -> Tensor:
     """Outputs as [tokens or positions, channels]: a convolution's channels precede its positions, others' are last."""
-    if isinstance(module, CONVOLUTIONS):
+    if isinstance(module, (*CONVOLUTIONS, QuantizedConv)):
         axis = y.ndim - len(module.kernel_size) - 1
         return y.movedim(axis, -1).reshape(-1, y.shape[axis])
     return y.reshape(-1, y.shape[-1])
@@ -50,7 +55,7 @@ def output_rows(module: nn.Module, y: Tensor) -> Tensor:
 
 def count_rows(layer: nn.Module, x: Tensor) -> int:
     """How many tokens, or batch x positions of its output, the layer's input holds."""
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, _LINEAR):
         return x[..., 0].numel()
     height, width = _output_size(*_as_2d(layer, x))
     return len(x) * height * width
@@ -59,9 +64,10 @@ def count_rows(layer: nn.Module, x: Tensor) -> int:
 def input_rows(layer: nn.Module, x: Tensor, chosen: Tensor) -> Tensor:
     """[n, columns]: what the layer's weight, flattened behind its first axis, multiplies at these tokens or positions.
 
-    layer: linear, or an ungrouped 1-d or 2-d convolution with zero padding. chosen: [n], indices below `count_rows`.
+    layer: linear, or a 1-d or 2-d convolution with zero padding; of a grouped one, the columns of all groups one after
+    another. chosen: [n], indices below `count_rows`.
     """
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, _LINEAR):
         return x.reshape(-1, x.shape[-1])[chosen]
     x, kernel, stride, padding, dilation = _as_2d(layer, x)
     height, width = _output_size(x, kernel, stride, padding, dilation)
@@ -82,7 +88,7 @@ def _as_2d(layer: Any, x: Tensor) -> tuple[Tensor, _Size, _Size, _Size, _Size]:
     """The input, kernel, stride, padding and dilation, of a 1-d convolution with a height of one."""
     sizes = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
     kernel, stride, padding, dilation = (tuple(size) for size in sizes)
-    if isinstance(layer, nn.Conv1d):
+    if len(layer.kernel_size) == 1:
         return x.unsqueeze(2), (1, *kernel), (1, *stride), (0, *padding), (1, *dilation)
     return x, kernel, stride, padding, dilation
 

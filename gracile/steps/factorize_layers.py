@@ -19,7 +19,8 @@ from gracile.solvers import LeastSquares, Moments
 from gracile.solvers.low_rank import squared_error, symmetric, target_energy
 from gracile.stats.collect import collect_activations
 from gracile.stats.match import split_batches
-from gracile.stats.refit import CannotRefitError, Refit
+from gracile.stats.moments import CannotRefitError
+from gracile.stats.refit import Refit
 from gracile.stats.targets import Targets
 from gracile.steps.factorize_select import Candidate, Rank, Run, overwriting, product_of, swap_of
 from gracile.steps.factorize_solve import decompose

@@ -30,3 +30,7 @@ class IntGrid(Grid):
 
     def units(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         return torch.clamp(torch.round(weight / scale), self.fmt.qmin - zero, self.fmt.qmax - zero)
+
+    def second(self, weight: Tensor, scale: Tensor, zero: Tensor, unit: Tensor) -> Tensor:
+        other = unit + torch.sign(weight / scale - unit)
+        return torch.clamp(other, self.fmt.qmin - zero, self.fmt.qmax - zero)

@@ -20,10 +20,12 @@ from gracile.ranges import MSE, MinMax, Percentile
 from gracile.recipe import Recorder, Step
 from gracile.report.model import LayerRow, StepRecord
 from gracile.select import Select, check_exclude
+from gracile.solvers import RoundingSolver
 from gracile.stats.collect import collect_activations, first_batch
 from gracile.stats.rows import CONVOLUTIONS
 from gracile.steps.correct import copy_model, correct_statistics
 from gracile.steps.fold import fold_batch_norms
+from gracile.steps.round_layers import round_in_sequence
 from gracile.steps.smooth import smooth
 from gracile.surgery import Swap, apply
 
@@ -35,7 +37,10 @@ ABSORBED = frozenset({"relu", "hardtanh", "clamp", "relu6"})
 class Quantize(Step):
     """Write weights in a number format and, where the scheme says so, measure and fix the grid of layer inputs.
 
-    scheme: W8A8, W8A16, W4A16(group), or a Format for weights alone: Int(bits=4), FixedPoint(factor=256).
+    scheme: W8A8, W4A8, W4A16(group), ... (`gracile.formats`), or a Format for weights alone: Int(bits=4),
+        FixedPoint(factor=256).
+    solver: chooses the codes of linear layers and convolutions by what rounding does to their outputs, in the order of
+        the forward: solvers.GPTQ(). Needs calibration data. None: every weight goes to the nearest code.
     ranges: how scales are found from weights and from what calibration saw: MinMax(), Percentile(), MSE().
     equalize: SmoothQuant() moves outliers of a linear layer's input channels into its weight, where that lowers the
         layer's output error; needs a scheme with an input format. None: nothing is moved.
@@ -48,6 +53,7 @@ class Quantize(Step):
 
     scheme: Scheme | Format
     _: KW_ONLY
+    solver: RoundingSolver | None = None
     ranges: MinMax | Percentile | MSE = MSE()
     equalize: SmoothQuant | None = None
     correct: bool = True
@@ -69,6 +75,8 @@ class Quantize(Step):
                 f"Quantize({self._scheme.name}, equalize=SmoothQuant()): this scheme leaves inputs as they are, so "
                 f"there is nothing to smooth.\n  Leave equalize out, or use W8A8."
             )
+        if self.solver is not None and not isinstance(self.solver, RoundingSolver):
+            raise ConfigError(f"Quantize(solver={self.solver!r}): expected a rounding solver, solvers.GPTQ(), or None.")
         check_exclude("Quantize", self.exclude)
 
     @property
@@ -85,17 +93,25 @@ class Quantize(Step):
                 f"Quantize({self._scheme.name}) measures the ranges of layer inputs and has no data.\n"
                 f"  Pass Data(calibration=batches); labels are not needed. Without data, use W8A16 or W4A16."
             )
+        if (self.solver is not None or self._scheme.ends is not None) and not context.data.has_calibration:
+            what = "the first and last layer" if self.solver is None else f"what {type(self.solver).__name__} needs"
+            raise DataError(
+                f"Quantize({self._scheme.name}): {what} shows when the model runs, and there is no data.\n"
+                f"  Pass Data(calibration=batches); labels are not needed."
+            )
 
     def __call__(self, model: nn.Module, context: Context) -> StepRecord:
         self.check(model, context)
         recorder = Recorder(self)
         scheme = self._scheme
         layers = self._select(model, context, recorder)
-        encoded = {name: self._encode(name, model.get_submodule(name)) for name in layers}  # refuses before any change
+        schemes = self._schemes(model, layers, context)
+        encoded = {n: self._encode(n, model.get_submodule(n), schemes[n]) for n in layers}  # refuses before any change
         if scheme.input is not None:
             self._fold(model, layers, context, recorder)
         # Folded too, since its layers' outputs are what biases are corrected to.
-        reference = copy_model(model) if self.correct and context.data.has_calibration else None
+        compares = (self.correct or self.solver is not None) and context.data.has_calibration
+        reference = copy_model(model) if compares else None
         stats: Mapping[str, LayerStats] = {}
         outputs: set[str] = set()
         scales: dict[str, Tensor] = {}
@@ -104,7 +120,7 @@ class Quantize(Step):
                 scales = smooth(model, layers, self.equalize, self._scheme, self.ranges, context, recorder)
             stats, outputs = self._measure(model, layers, scales, context)
             encoded = {
-                name: self._encode(name, model.get_submodule(name), scales.get(name))
+                name: self._encode(name, model.get_submodule(name), schemes[name], scales.get(name))
                 for name in layers
                 if name in stats
             }
@@ -112,13 +128,53 @@ class Quantize(Step):
             if scheme.input is not None and name not in stats:
                 recorder.skip(name, type(model.get_submodule(name)).__name__, "never called on the calibration batches")
                 continue
-            self._swap(model, name, encoded[name], stats.get(name), name in outputs, scales.get(name), recorder)
+            needs = name in outputs
+            self._swap(model, name, schemes[name], encoded[name], stats.get(name), needs, scales.get(name), recorder)
         changed = [row for row in recorder.layers if row.action == "quantized"]
         if not changed:
             raise NothingChangedError("Quantize: no layer was quantized.\n  The report's skipped rows say why.")
-        if reference is not None:
+        if reference is not None and self.solver is not None:
+            self._round(model, reference, [row.name for row in changed], scales, context, recorder)
+        if reference is not None and self.correct:
             correct_statistics(model, reference, context, recorder, {})
         return recorder.record()
+
+    def _schemes(self, model: nn.Module, layers: list[str], context: Context) -> dict[str, Scheme]:
+        """The scheme of each layer."""
+        schemes = dict.fromkeys(layers, self._scheme)
+        if self._scheme.ends is not None:
+            weighted = {n for n, m in model.named_modules() if isinstance(m, QuantizedLayer) or quantized_kind(m)}
+            called = [layer.name for layer in _traced(model, context).layers if layer.name in weighted]
+            schemes |= {name: self._scheme.ends for name in (*called[:1], *called[-1:]) if name in schemes}
+        return schemes
+
+    def _round(
+        self,
+        model: nn.Module,
+        reference: nn.Module,
+        layers: list[str],
+        smoothed: Mapping[str, Tensor],
+        context: Context,
+        recorder: Recorder,
+    ) -> None:
+        """Replace the nearest codes by the solver's."""
+        assert self.solver is not None
+        weights: dict[str, Tensor] = {name: reference.get_submodule(name).weight for name in layers}  # type: ignore[misc]
+        weights |= {name: weights[name] * scale for name, scale in smoothed.items() if name in weights}
+        traced = _traced(reference, context)
+        done = round_in_sequence(model, reference, traced, weights, self.solver, self.ranges, context)
+        title = type(self.solver).__name__
+        recorder.numbers["output_error_nearest"] = done.nearest_error
+        recorder.notes.append(
+            f"{title} {'rounded' if done.kept else 'was taken back on'} {len(done.gains)} layers: output error on "
+            f"held-out batches {done.error:.3g} with it, {done.nearest_error:.3g} by rounding to nearest."
+        )
+        for i, row in enumerate(recorder.layers):
+            if row.name in done.skipped and row.action == "quantized":
+                recorder.layers[i] = replace(row, reason=f"rounded to nearest: {done.skipped[row.name]}")
+            elif done.kept and row.name in done.gains and row.action == "quantized":
+                reason = f"{title}: {done.gains[row.name]:.3g} of the output error of rounding to nearest"
+                recorder.layers[i] = replace(row, reason=reason)
 
     def _select(self, model: nn.Module, context: Context, recorder: Recorder) -> list[str]:
         select = (context.select or Select()).without(*self.exclude)
@@ -173,12 +229,12 @@ class Quantize(Step):
         )
         return stats, outputs
 
-    def _encode(self, name: str, layer: nn.Module, scale: Tensor | None = None) -> dict[str, Tensor]:
+    def _encode(self, name: str, layer: nn.Module, scheme: Scheme, scale: Tensor | None = None) -> dict[str, Tensor]:
         weight: Tensor = layer.weight.detach()  # type: ignore[operator,union-attr,assignment]
         weight = weight if scale is None else weight * scale
         if not torch.isfinite(weight).all():
             raise DataError(f"Quantize: the weight of layer '{name}' holds NaN or infinity.")
-        fmt = _format_for(layer, self._scheme.weight)
+        fmt = _format_for(layer, scheme.weight)
         try:
             if isinstance(fmt, Int) and fmt.symmetric:
                 return fmt.encode(weight, self.ranges.weight(weight, fmt))
@@ -190,6 +246,7 @@ class Quantize(Step):
         self,
         model: nn.Module,
         name: str,
+        scheme: Scheme,
         encoded: dict[str, Tensor],
         stats: LayerStats | None,
         needs_output: bool,
@@ -197,15 +254,15 @@ class Quantize(Step):
         recorder: Recorder,
     ) -> None:
         old: Any = model.get_submodule(name)
-        fmt = _format_for(old, self._scheme.weight)
+        fmt = _format_for(old, scheme.weight)
         config: dict[str, Any] = {"weight": format_to_config(fmt), "input": None, "output": None}
         tensors = {f"weight_{key}": value for key, value in encoded.items() if key != "shape"}
-        if stats is not None and isinstance(self._scheme.input, Int):
+        if stats is not None and isinstance(scheme.input, Int):
             sides = {"input": stats.input, "output": stats.output if needs_output else None}
             for side, histogram in sides.items():
                 if histogram is not None:
-                    scale, zero_point = self.ranges.activation(histogram, self._scheme.input)
-                    config[side] = format_to_config(self._scheme.input)
+                    scale, zero_point = self.ranges.activation(histogram, scheme.input)
+                    config[side] = format_to_config(scheme.input)
                     tensors[f"{side}_scale"], tensors[f"{side}_zero_point"] = scale, zero_point
         if smoothing is not None:
             config["smooth"] = True

@@ -16,7 +16,8 @@ from gracile.graph import Group, Trace
 from gracile.modes import eval_mode
 from gracile.solvers import LeastSquares, Moments
 from gracile.stats.match import split_batches
-from gracile.stats.refit import CannotRefitError, Refit, refittable
+from gracile.stats.moments import CannotRefitError
+from gracile.stats.refit import Refit, refittable
 from gracile.stats.targets import Targets
 from gracile.steps.budget import Keep
 from gracile.steps.consumers import input_columns, readers, tied_layers

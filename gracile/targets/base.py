@@ -12,6 +12,10 @@ from torch import nn
 
 from gracile.data import Batch
 
+#: What ONNX kernels of both runtimes execute: 8-bit integers where inputs are on a grid (codes of fewer bits are
+#: widened), and weights of 4 and 8 bits decoded inside the kernel where they are not.
+INTEGER_SCHEMES = ("W8A8", "W7A8", "W4A8", "W3A8", "W2A8", "W4A4", "W3A3", "W2A2", "W8A16", "W4A16", "W3A16", "W2A16")
+
 
 @dataclass(frozen=True)
 class Capabilities:

@@ -12,7 +12,7 @@ from torch import nn
 
 from gracile.data import Batch
 from gracile.errors import ConfigError, MissingExtraError, TargetError
-from gracile.targets.base import Capabilities, Runner, Target
+from gracile.targets.base import INTEGER_SCHEMES, Capabilities, Runner, Target
 from gracile.targets.export_onnx import export_onnx
 from gracile.targets.feeding import feeds_of, outputs_of
 
@@ -43,7 +43,7 @@ class OnnxRuntime(Target):
     name: ClassVar[str] = "onnxruntime"  # type: ignore[misc]
     suffix: ClassVar[str] = ".onnx"  # type: ignore[misc]
     capabilities: ClassVar[Capabilities] = Capabilities(  # type: ignore[misc]
-        schemes=("W8A8", "W8A16", "W4A16"), precisions=("f32", "default")
+        schemes=INTEGER_SCHEMES, precisions=("f32", "default")
     )
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from gracile.data import Batch
 from gracile.errors import MissingExtraError, TargetError
-from gracile.targets.base import Capabilities, Runner, Target
+from gracile.targets.base import INTEGER_SCHEMES, Capabilities, Runner, Target
 from gracile.targets.export_onnx import export_onnx
 from gracile.targets.feeding import feeds_of, outputs_of
 from gracile.targets.onnxruntime import check_settings
@@ -37,7 +37,7 @@ class OpenVINO(Target):
     name: ClassVar[str] = "openvino"  # type: ignore[misc]
     suffix: ClassVar[str] = ".onnx"  # type: ignore[misc]
     capabilities: ClassVar[Capabilities] = Capabilities(  # type: ignore[misc]
-        schemes=("W8A8", "W8A16", "W4A16"), precisions=("f32", "default", "bf16")
+        schemes=INTEGER_SCHEMES, precisions=("f32", "default", "bf16")
     )
 
     def __post_init__(self) -> None:

@@ -46,11 +46,13 @@ class _Lookup:
         zero_point: NDArray[Any] | None,
     ) -> None:
         self.rewriter, self.stem, self.width = rewriter, stem, codes.shape[1]
-        self.packed = fmt.bits <= 4 and self.width % 2 == 0
-        self.by_row = isinstance(fmt.granularity, PerGroup) or (
-            isinstance(fmt.granularity, PerChannel) and fmt.granularity.axis % 2 == 0
-        )
-        self.group = fmt.granularity.size if isinstance(fmt.granularity, PerGroup) else self.width
+        grouped = isinstance(fmt.granularity, PerGroup)
+        missing = -self.width % fmt.granularity.size if grouped else 0
+        codes = np.pad(codes, [(0, 0), (0, missing)]) if missing else codes
+        self.padded = codes.shape[1]
+        self.packed = fmt.bits <= 4 and self.padded % 2 == 0
+        self.by_row = grouped or (isinstance(fmt.granularity, PerChannel) and fmt.granularity.axis % 2 == 0)
+        self.group = fmt.granularity.size if grouped else self.width
         offset = np.zeros(scale.shape) if zero_point is None else zero_point.astype(np.float64)
         if self.packed:
             nibbles = (codes.astype(np.int16) + (8 if fmt.symmetric else 0)).astype(np.uint8)
@@ -78,7 +80,13 @@ class _Lookup:
             if self.by_row:
                 constant = self._insert(node, "Gather", [constant, indices], f"{op_type}_rows", out)
             rows = self._insert(node, op_type, [rows, constant], op_type, out)
-        return self._reshaped(node, rows, out, (self.width,)) if self.by_row else rows
+        if self.by_row:
+            rows = self._reshaped(node, rows, out, (self.padded,))
+        if self.padded == self.width:
+            return rows
+        ends = (("start", 0), ("end", self.width), ("axis", -1))
+        bounds = [self.rewriter.constant(name, np.array([n], np.int64)) for name, n in ends]
+        return self._insert(node, "Slice", [rows, *bounds], "whole", out)
 
     def _unpacked(self, node: ir.Node, packed: ir.Value, out: ir.Value) -> ir.Value:
         constant = self.rewriter.constant
@@ -88,7 +96,7 @@ class _Lookup:
         )
         last = constant("last", np.array([-1], np.int64))
         halves = [self._insert(node, "Unsqueeze", [half, last], "half", out) for half in (low, high)]
-        return self._reshaped(node, self._insert(node, "Concat", halves, "both", out, axis=-1), out, (self.width,))
+        return self._reshaped(node, self._insert(node, "Concat", halves, "both", out, axis=-1), out, (self.padded,))
 
     def _reshaped(self, node: ir.Node, value: ir.Value, out: ir.Value, tail: tuple[int, ...]) -> ir.Value:
         """[*indices, ...] as [*indices, *tail]."""

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from gracile.formats import Int, PerChannel, PerGroup
+from gracile.formats.granularity import to_rows
 from gracile.nn.ops import format_from_json
 from gracile.targets.qdq import Rewriter, array_of, tensor_of
 from gracile.targets.qdq_gather import write_lookups
@@ -102,6 +103,9 @@ def _dequantize(rewriter: Rewriter, node: ir.Node, encoded: _Encoded, stem: str,
     shape = codes.shape
     if grouped and codes.ndim != 2:
         codes = codes.reshape(shape[0], math.prod(shape[1:]))
+    missing = -codes.shape[encoded.attributes["axis"]] % encoded.attributes["block_size"] if grouped else 0
+    if missing:  # OpenVINO 2026.4 refuses a last block that is shorter than the others
+        codes = np.pad(codes, [(0, missing), (0, 0)] if encoded.flip else [(0, 0), (0, missing)])
 
     def integers(name: str, array: NDArray[Any]) -> ir.Value:
         array = np.ascontiguousarray(array)
@@ -117,11 +121,44 @@ def _dequantize(rewriter: Rewriter, node: ir.Node, encoded: _Encoded, stem: str,
         zero_point = np.zeros(encoded.scale.shape) if encoded.zero_point is None else encoded.zero_point
         inputs.append(integers(f"{stem}_zero_point", zero_point))
     new = rewriter.insert(node, "DequantizeLinear", inputs, stem, out, **encoded.attributes)
+    if missing:
+        new.shape = ir.Shape(codes.shape)
+        if encoded.flip and _pad_inputs(rewriter, out, missing):
+            return new
+        new = _first_columns(rewriter, node, new, 0 if encoded.flip else 1, missing, out)
     if codes.ndim == len(shape):
         return new
-    new.shape = ir.Shape(codes.shape)
+    new.shape = ir.Shape((shape[0], math.prod(shape[1:])))
     target = rewriter.constant(f"{stem}_shape", np.array(shape, np.int64))
     return rewriter.insert(node, "Reshape", [new, target], f"{stem}_reshaped", out)
+
+
+def _pad_inputs(rewriter: Rewriter, weight: ir.Value, missing: int) -> bool:
+    """Append zeros to what is multiplied by a weight [in, out] with as many more rows; whether that could be done."""
+    users = list(weight.uses())
+    inputs = [user.inputs[0] for user, _ in users]
+    if not all(u.op_type == "MatMul" and i == 1 and x is not None and x.shape is not None
+               for (u, i), x in zip(users, inputs)):  # fmt: skip
+        return False
+    for (user, _), x in zip(users, inputs):
+        assert x is not None and x.shape is not None
+        rank = len(x.shape)
+        pads = np.array([0] * (2 * rank - 1) + [missing], np.int64)
+        padded = rewriter.insert(user, "Pad", [x, rewriter.constant("pads", pads)], f"{x.name}_padded", x)
+        padded.shape = None
+        user.replace_input_with(0, padded)
+    return True
+
+
+def _first_columns(
+    rewriter: Rewriter, node: ir.Node, value: ir.Value, axis: int, missing: int, out: ir.Value
+) -> ir.Value:
+    """The value without the last `missing` of this axis."""
+    ends = [np.array([n], np.int64) for n in (0, -missing, axis)]
+    inputs = [value, *(rewriter.constant(name, end) for name, end in zip(("start", "end", "axis"), ends))]
+    sliced = rewriter.insert(node, "Slice", inputs, f"{value.name}_whole", out)
+    sliced.shape = None
+    return sliced
 
 
 def _multiplied_groups(
@@ -133,7 +170,7 @@ def _multiplied_groups(
     """
     shape, out = tuple(int(n) for n in tensors["shape"]), node.outputs[0]
     scale = tensors["scale"].float().unsqueeze(-1)
-    codes = fmt.unpack(tensors["codes"], shape).reshape(*scale.shape[:2], -1)
+    codes = to_rows(fmt.granularity, fmt.unpack(tensors["codes"], shape)).reshape(*scale.shape[:2], -1)
     value = rewriter.constant(f"{stem}_codes", codes.numpy())
     steps = [("Cast", None, {"to": 1}), ("Sub", tensors.get("zero_point"), {}), ("Mul", scale, {})]
     for op_type, operand, attributes in steps:
@@ -145,6 +182,12 @@ def _multiplied_groups(
             inputs.append(rewriter.constant(f"{stem}_{op_type}", array))
         value = rewriter.insert(node, op_type, inputs, f"{stem}_{op_type}", out, **attributes)
         value.shape = None
+    missing = codes[0].numel() - math.prod(shape[1:])
+    if missing:
+        flat = rewriter.constant(f"{stem}_rows", np.array((shape[0], -1), np.int64))
+        value = rewriter.insert(node, "Reshape", [value, flat], f"{stem}_flat", out)
+        value.shape = None
+        value = _first_columns(rewriter, node, value, 1, missing, out)
     target = rewriter.constant(f"{stem}_shape", np.array(shape, np.int64))
     return rewriter.insert(node, "Reshape", [value, target], stem, out)
 

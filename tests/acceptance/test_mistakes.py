@@ -350,10 +350,10 @@ STEPS = [
     Mistake("nine bits", lambda e: gc.Int(9), gc.ConfigError, ("9", "2 to 8")),
     Mistake("a fixed point of factor 0", lambda e: gc.FixedPoint(0), gc.ConfigError, ("factor", "positive")),
     Mistake(
-        "a group that does not divide",
-        lambda e: e.compress(gc.Quantize(gc.W4A16(group=4))),
+        "a group of nothing",
+        lambda e: e.compress(gc.Quantize(gc.W4A16(group=0))),
         gc.ConfigError,
-        ("conv", "27", "groups of 4", "PerChannel()"),
+        ("PerGroup(size=0)", "at least 1"),
     ),
     Mistake("ranges without data", lambda e: e.compress(gc.Quantize(gc.W8A8), gc.Data()), gc.DataError, ("W8A16",)),
     Mistake("ranges by name", lambda e: gc.Quantize(gc.W8A8, ranges="mse"), gc.ConfigError, ("MinMax()",)),

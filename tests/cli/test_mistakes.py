@@ -39,8 +39,8 @@ CASES = {
     "fraction of one": (("compress", "shop:make_net", "--prune", "1"), USAGE, "below 1"),
     "negative fraction": (("compress", "shop:make_net", "--prune", "-0.1"), USAGE, "above 0"),
     "unknown format": (("compress", "shop:make_net", "--quantize", "w3a3"), USAGE, "not a number format"),
-    "group that does not divide": (
-        ("compress", "shop:make_net", "--data", "shop:make_data", "--quantize", "w4a16:7"), USAGE, "7"),
+    "group of nothing": (
+        ("compress", "shop:make_net", "--data", "shop:make_data", "--quantize", "w4a16:0"), USAGE, "0"),
     "static scales without data": (("compress", "shop:make_net", "--quantize", "w8a8"), FAILED, "data"),
     "distil without data": (("compress", "shop:make_net", "--distill", "1"), FAILED, "training data"),
     "criterion without data": (

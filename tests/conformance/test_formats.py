@@ -41,6 +41,11 @@ def per_group_of_6(weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
     return tensors["scale"].repeat_interleave(6, dim=1).reshape(weight.shape)
 
 
+def per_group_of_4(weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    columns = weight[0].numel()
+    return tensors["scale"].repeat_interleave(4, dim=1)[:, :columns].reshape(weight.shape)
+
+
 def constant_256th(weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
     return torch.full(weight.shape, 1 / 256)
 
@@ -55,6 +60,8 @@ MEMBERS: list[tuple[Format, Step, float]] = [
     (Int(3, PerChannel(1), symmetric=False), per_column, 1e30),
     (Int(4, PerGroup(6)), per_group_of_6, 1e30),
     (Int(2, PerGroup(6), symmetric=False), per_group_of_6, 1e30),
+    (Int(3, PerGroup(4)), per_group_of_4, 1e30),
+    (Int(4, PerGroup(4), symmetric=False), per_group_of_4, 1e30),
     (FixedPoint(256), constant_256th, 8e6),
 ]
 #: Three roundings to float32 (scale, quotient, product), each 2^-24 of at most 255 steps, come to 4.6e-5 steps.

@@ -75,6 +75,8 @@ MEMBERS = [
     Member(gc.Factorize(0.3), keeps_shapes=False),
     Member(gc.Factorize(to=gc.MACs(0.7), correct=False), keeps_shapes=False),
     Member(gc.Quantize(gc.W8A8), keeps_floats=False, quantizes_inputs=True),
+    Member(gc.Quantize(gc.W4A4, solver=gc.solvers.GPTQ()), keeps_floats=False, quantizes_inputs=True),
+    Member(gc.Quantize(gc.W4A16(group=8), solver=gc.solvers.GPTQ()), keeps_floats=False),
     Member(gc.Quantize(gc.W8A16, ranges=gc.ranges.MinMax()), keeps_floats=False),
     Member(gc.Quantize(gc.Int(4)), keeps_floats=False),
     Member(gc.Quantize(gc.FixedPoint(factor=256)), keeps_floats=False),

@@ -5,7 +5,7 @@ import torch
 
 from gracile.errors import ConfigError
 from gracile.formats import Granularity, PerChannel, PerGroup, PerTensor
-from gracile.formats.granularity import from_rows, nearest_group_sizes, scale_shape, to_rows
+from gracile.formats.granularity import from_rows, scale_shape, to_rows
 
 
 @pytest.mark.parametrize(
@@ -26,25 +26,23 @@ def test_rows_hold_the_weights_that_share_a_scale() -> None:
     assert to_rows(PerGroup(2), tensor).tolist() == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
 
 
-def test_a_group_that_does_not_divide_names_the_sizes_that_do() -> None:
-    with pytest.raises(ConfigError, match=r"100 columns(.|\n)*Use a size of 100, 50 or 25"):
-        scale_shape(PerGroup(128), (8, 100))
-    with pytest.raises(ConfigError, match="Use a size of 27, 9 or 3"):
-        scale_shape(PerGroup(32), (8, 3, 3, 3))
-
-
-def test_nearest_group_sizes_against_trial_division() -> None:
-    for columns in (1, 7, 96, 100, 576, 997):
-        divisors = [d for d in range(1, columns + 1) if columns % d == 0]
-        for size in (1, 32, 128):
-            expected = sorted(divisors, key=lambda d: (abs(d - size), d))[:3]
-            assert nearest_group_sizes(columns, size) == expected
+def test_a_last_group_may_be_shorter() -> None:
+    assert scale_shape(PerGroup(32), (8, 100)) == (8, 4) and scale_shape(PerGroup(128), (8, 100)) == (8, 1)
+    tensor = torch.arange(1, 11, dtype=torch.uint8).reshape(2, 5)
+    rows = to_rows(PerGroup(3), tensor)
+    assert rows.tolist() == [[1, 2, 3], [4, 5, 0], [6, 7, 8], [9, 10, 0]]
+    assert torch.equal(from_rows(PerGroup(3), rows, (2, 5)), tensor)
 
 
 @pytest.mark.parametrize(
     ("granularity", "shape"),
-    [(PerChannel(2), (3, 4)), (PerChannel(0), ()), (PerGroup(0), (3, 4)), (PerTensor(), (0, 4)), (Granularity(), (3,))],
+    [(PerChannel(2), (3, 4)), (PerChannel(0), ()), (PerTensor(), (0, 4)), (Granularity(), (3,))],
 )
 def test_what_does_not_fit_is_refused(granularity: Granularity, shape: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError):
         scale_shape(granularity, shape)
+
+
+def test_a_group_holds_at_least_one_weight() -> None:
+    with pytest.raises(ConfigError, match=r"PerGroup\(size=0\)"):
+        PerGroup(0)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from gracile import formats
 from gracile.errors import ArtifactError
 from gracile.formats import (
     W4A16,
@@ -20,6 +21,13 @@ from gracile.formats import (
 def test_schemes_are_what_their_names_say() -> None:
     assert (W8A8.weight, W8A8.input) == (Int(8, PerChannel(0)), Int(8, PerTensor(), symmetric=False))
     assert (W8A16.weight, W8A16.input) == (Int(8, PerChannel(0)), None)
+    for name in ("W7A8", "W4A8", "W3A8", "W2A8", "W4A4", "W3A3", "W2A2"):
+        scheme = getattr(formats, name)
+        assert (scheme.name, scheme.weight) == (name, Int(int(name[1]), PerChannel(0)))
+        assert scheme.input == Int(int(name[3]), PerTensor(), symmetric=False)
+        assert scheme.ends == (None if name == "W7A8" else W8A8)
+    for maker, bits in ((formats.W3A16, 3), (formats.W2A16, 2), (W4A16, 4)):
+        assert maker(16, symmetric=False).weight == Int(bits, PerGroup(16), symmetric=False)
     assert (W4A16(32).weight, W4A16(32).input, W4A16().name) == (Int(4, PerGroup(32)), None, "W4A16")
 
 

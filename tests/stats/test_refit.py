@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from gracile.data import Data
 from gracile.solvers import LeastSquares
 from gracile.stats import targets as module
-from gracile.stats.refit import CannotRefitError, Refit, refit, refittable
+from gracile.stats.moments import CannotRefitError
+from gracile.stats.refit import Refit, refit, refittable
 from gracile.stats.targets import Targets
 
 

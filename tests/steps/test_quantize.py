@@ -209,12 +209,10 @@ def unchanged(model: nn.Module, like: nn.Module) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k].nan_to_num(7), b[k].nan_to_num(7)) for k in a)
 
 
-def test_a_group_that_does_not_divide_names_the_layer_and_what_would() -> None:
+def test_a_last_group_of_a_row_may_be_shorter() -> None:
     model = cnn()
-    with pytest.raises(ConfigError, match=r"layer '6' \(8, 4, 2, 2\)[\s\S]*Use a size of") as caught:
-        Quantize(W4A16(group=9))(model, context(model))
-    assert len(str(caught.value).splitlines()) <= 3 and "8, 4 or 2" in str(caught.value)
-    assert unchanged(model, cnn())
+    Quantize(W4A16(group=9))(model, context(model))
+    assert model[6].weight_scale.shape == (8, 2)  # type: ignore[union-attr]  # rows of 4 · 2 · 2 weights
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)

@@ -85,6 +85,12 @@ def mlp(bias: bool = True) -> nn.Sequential:
     return nn.Sequential(nn.Linear(64, 96, bias), nn.ReLU(), nn.Linear(96, 10, bias))
 
 
+def uneven() -> nn.Sequential:
+    """Its layers have rows of 64 and of 172 = 5 · 32 + 12 weights."""
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(64, 172), nn.ReLU(), nn.Linear(172, 10))
+
+
 # (model, input shape, weight, activations quantized?, operators that must run, operators that must not)
 CASES: list[tuple[nn.Module, tuple[int, ...], Format, bool, dict[str, int], set[str]]] = [
     (mlp(), X2, Int(8), True, {"QGemm": 2}, {"Gemm", "MatMul"}),
@@ -100,11 +106,16 @@ CASES: list[tuple[nn.Module, tuple[int, ...], Format, bool, dict[str, int], set[
     (mlp(), X2, Int(4, PerGroup(16)), False, {"MatMulNBits": 2}, {"Gemm", "MatMul"}),
     (mlp(), X3, Int(4, PerGroup(32)), False, {"MatMulNBits": 2}, {"Gemm", "MatMul"}),
     (mlp(), X3, Int(4, PerGroup(32), symmetric=False), False, {"MatMulNBits": 2}, {"Gemm", "MatMul"}),
+    (mlp(), X3, Int(4, PerGroup(40)), False, {"MatMul": 2}, {"Gemm"}),  # no block that a kernel takes
+    (uneven(), X2, Int(4, PerGroup(32)), False, {"MatMulNBits": 2}, {"Gemm", "MatMul"}),
+    (uneven(), X3, Int(3, PerGroup(32), symmetric=False), False, {"MatMulNBits": 2}, {"Gemm", "MatMul"}),
+    (uneven(), X3, Int(4, PerGroup(32)), True, {"QuantizeLinear": 2}, set()),
     (mlp(), X3, Int(3, PerGroup(32)), False, {"MatMulNBits": 2}, {"Gemm", "MatMul"}),
     (mlp(), X3, FixedPoint(256), False, {"MatMul": 2}, set()),
     (nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 8, 3)), (2, 4, 9, 9), Int(8), True, {}, set()),
     (nn.Sequential(nn.ConvTranspose2d(4, 6, 3, 2)), (2, 4, 5, 5), Int(8, PerChannel(1)), True, {}, set()),
     (nn.Sequential(nn.Conv1d(4, 8, 3)), (2, 4, 9), Int(4, PerGroup(12)), False, {}, set()),
+    (nn.Sequential(nn.Conv1d(4, 8, 3)), (2, 4, 9), Int(4, PerGroup(5)), False, {}, set()),
 ]
 
 
@@ -156,6 +167,8 @@ class Tied(Lookup):
         (Int(4), 5),
         (Int(4, PerGroup(16)), 6),
         (Int(3, PerGroup(16), symmetric=False), 8),
+        (Int(4, PerGroup(20)), 7),
+        (Int(4, PerGroup(5), symmetric=False), 18),
         (FixedPoint(128), 32),
     ],
     ids=str,

@@ -1,0 +1,141 @@
+"""Quantized layers rounded by a solver, one after another, each on inputs that those before it have changed already."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from gracile.context import Context
+from gracile.errors import DataError
+from gracile.formats import Int
+from gracile.graph import Trace
+from gracile.modes import eval_mode
+from gracile.nn import QuantizedConv, QuantizedLayer, QuantizedLinear
+from gracile.ranges.base import Range
+from gracile.solvers import RoundingSolver
+from gracile.solvers.rounding import Rounded, rounding_problem
+from gracile.stats.match import output_error, split_batches
+from gracile.stats.moments import CannotRefitError, LayerMoments
+from gracile.stats.rows import unfoldable
+from gracile.steps.int_grid import IntGrid
+from gracile.steps.sequence import called_once, targets_of
+
+
+@dataclass
+class Rounding:
+    """How layers came out of a solver.
+
+    gains: layer -> the loss of its outputs as a share of what rounding to nearest leaves, 0 to 1. skipped: layers that
+    stay rounded to nearest, and why. error, nearest_error: of the model's outputs on held-out batches, by the solver
+    and by rounding to nearest. kept: whether the solver's weights are the model's.
+    """
+
+    gains: dict[str, float] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    error: float = math.inf
+    nearest_error: float = math.inf
+    kept: bool = False
+
+
+def round_in_sequence(
+    model: nn.Module,
+    reference: nn.Module,
+    traced: Trace,
+    weights: Mapping[str, Tensor],
+    solver: RoundingSolver,
+    ranges: Range,
+    context: Context,
+) -> Rounding:
+    """Give quantized layers, rounded to nearest so far, the solver's weights; in place, in the order of the forward.
+
+    Each layer is solved for what it gave in the reference, on the inputs that the layers before it, rounded already,
+    and the grids of activations give it now; its bias takes up what is left of the mean. If the outputs on held-out
+    batches come out no nearer to the reference's, all layers are rounded to nearest again.
+
+    reference: the float model of the same layers. traced: of it. weights: layer -> the float weight that its codes
+    stand for.
+    """
+    found = Rounding()
+    order = _solvable(model, reference, traced, weights, found)
+    if not order:
+        return found
+    held_out = split_batches(context.data)[1]
+    found.nearest_error = output_error(model, reference, context.data, held_out)
+    targets = targets_of(reference, traced, order, context)
+    moments = LayerMoments(model, targets, norms=dict(traced.batch_norm_pairs()))
+    changed = [*order, *(moments.norms[name] for name in order if name in moments.norms)]
+    before = {name: _state(model, name) for name in changed}
+    with eval_mode(model, reference):
+        for done, name in enumerate(order):
+            try:
+                _round(moments, name, weights[name], solver, ranges, found)
+            except CannotRefitError as error:
+                found.skipped[name] = str(error)
+            context.progress("round", done + 1, len(order))
+    moments.replay.clear()
+    found.error = output_error(model, reference, context.data, held_out)
+    found.kept = found.error < found.nearest_error
+    if not found.kept:
+        for name, state in before.items():
+            model.get_submodule(name).load_state_dict(state)
+    return found
+
+
+def _solvable(
+    model: nn.Module, reference: nn.Module, traced: Trace, weights: Mapping[str, Tensor], found: Rounding
+) -> list[str]:
+    """The layers that a solver can round, in the order of the forward; why others stay rounded to nearest."""
+    once = called_once(reference, traced)
+    order = []
+    for name in weights:
+        layer = model.get_submodule(name)
+        if not isinstance(layer, (QuantizedLinear, QuantizedConv)) or not unfoldable(layer):
+            found.skipped[name] = "its inputs do not unfold into rows of its weight"
+        elif not isinstance(layer.weight_format, Int):
+            found.skipped[name] = f"a {type(layer.weight_format).__name__} has no scale to round by"
+        elif name not in once:
+            found.skipped[name] = "called more than once, or tied to another layer"
+        else:
+            order.append(name)
+    return sorted(order, key=once.index)
+
+
+def _round(
+    moments: LayerMoments, name: str, weight: Tensor, solver: RoundingSolver, ranges: Range, found: Rounding
+) -> None:
+    layer = moments.model.get_submodule(name)
+    assert isinstance(layer, QuantizedLayer) and isinstance(layer.weight_format, Int)
+    measured = moments.measure(name)
+    prior = weight.detach().double().cpu().flatten(1)
+    if measured.gram.ndim == 3:
+        prior = prior.unflatten(0, (len(measured.gram), -1))
+    centred = moments.centred(name)
+    problem = rounding_problem(prior, measured, centred, solver.damping, solver.asymmetry)
+    rounded = solver(prior, problem, IntGrid(layer.weight_format, ranges))
+    if not bool(torch.isfinite(rounded.weight).all()):
+        raise DataError(f"Layer '{name}' {tuple(weight.shape)}: its rounded weight is not finite.")
+    stored = _encode(layer, rounded)
+    layer.set_weight(stored)
+    found.gains[name] = float(rounded.loss.sum() / rounded.nearest_loss.sum().clamp_min(1e-300))
+    if centred:
+        decoded = layer.decoded_weight().double().cpu().reshape(prior.shape)
+        target = solver.asymmetry * measured.mean_target
+        target = target + (1 - solver.asymmetry) * (prior @ measured.mean.unsqueeze(-1)).squeeze(-1)
+        moments.shift(name, (target - (decoded @ measured.mean.unsqueeze(-1)).squeeze(-1)).flatten())
+
+
+def _encode(layer: QuantizedLayer, rounded: Rounded) -> dict[str, Tensor]:
+    fmt = layer.weight_format
+    assert isinstance(fmt, Int)
+    shape = fmt.scale_shape(layer.weight_shape)
+    scale, zero = (t.flatten()[: math.prod(shape)].reshape(shape).float() for t in (rounded.scale, rounded.zero))
+    weight = rounded.weight.reshape(layer.weight_shape).float()
+    return fmt.encode(weight, scale, None if fmt.symmetric else zero.to(torch.int16))
+
+
+def _state(model: nn.Module, name: str) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in model.get_submodule(name).state_dict().items()}
