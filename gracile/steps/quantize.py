@@ -174,7 +174,7 @@ class Quantize(Step):
                 recorder.layers[i] = replace(row, reason=f"rounded to nearest: {done.skipped[row.name]}")
             elif done.kept and row.name in done.gains and row.action == "quantized":
                 reason = f"{title}: {done.gains[row.name]:.3g} of the output error of rounding to nearest"
-                recorder.layers[i] = replace(row, reason=reason)
+                recorder.layers[i] = replace(row, error=done.errors[row.name], reason=reason)
 
     def _select(self, model: nn.Module, context: Context, recorder: Recorder) -> list[str]:
         select = (context.select or Select()).without(*self.exclude)
@@ -236,7 +236,7 @@ class Quantize(Step):
             raise DataError(f"Quantize: the weight of layer '{name}' holds NaN or infinity.")
         fmt = _format_for(layer, scheme.weight)
         try:
-            if isinstance(fmt, Int) and fmt.symmetric:
+            if isinstance(fmt, Int):
                 return fmt.encode(weight, self.ranges.weight(weight, fmt))
             return fmt.encode(weight)
         except ConfigError as error:

@@ -29,12 +29,14 @@ from gracile.steps.sequence import called_once, targets_of
 class Rounding:
     """How layers came out of a solver.
 
-    gains: layer -> the loss of its outputs as a share of what rounding to nearest leaves, 0 to 1. skipped: layers that
-    stay rounded to nearest, and why. error, nearest_error: of the model's outputs on held-out batches, by the solver
-    and by rounding to nearest. kept: whether the solver's weights are the model's.
+    gains: layer -> the loss of its outputs as a share of what rounding to nearest leaves, 0 to 1. errors: the same as
+    a share of the outputs' squares. skipped: layers that stay rounded to nearest, and why. error, nearest_error: of
+    the model's outputs on held-out batches, by the solver and by rounding to nearest. kept: whether the solver's
+    weights are the model's.
     """
 
     gains: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     error: float = math.inf
     nearest_error: float = math.inf
@@ -121,6 +123,8 @@ def _round(
     stored = _encode(layer, rounded)
     layer.set_weight(stored)
     found.gains[name] = float(rounded.loss.sum() / rounded.nearest_loss.sum().clamp_min(1e-300))
+    signal = problem.loss(torch.zeros_like(problem.target)).sum()
+    found.errors[name] = float(rounded.loss.sum() / signal.clamp_min(1e-300))
     if centred:
         decoded = layer.decoded_weight().double().cpu().reshape(prior.shape)
         target = solver.asymmetry * measured.mean_target

@@ -74,7 +74,7 @@ def same_inputs(stats: dict[str, LayerStats]) -> list[list[str]]:
 
 def _rounded(weight: Tensor, inputs: Tensor, scheme: Scheme, ranges: Range) -> tuple[Tensor, Tensor]:
     fmt = scheme.weight
-    if isinstance(fmt, Int) and fmt.symmetric:
+    if isinstance(fmt, Int):
         weight = fmt.decode(fmt.encode(weight, MinMax().weight(weight, fmt)))
     else:
         weight = fmt.decode(fmt.encode(weight))

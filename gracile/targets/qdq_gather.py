@@ -46,13 +46,13 @@ class _Lookup:
         zero_point: NDArray[Any] | None,
     ) -> None:
         self.rewriter, self.stem, self.width = rewriter, stem, codes.shape[1]
-        grouped = isinstance(fmt.granularity, PerGroup)
-        missing = -self.width % fmt.granularity.size if grouped else 0
+        size = fmt.granularity.size if isinstance(fmt.granularity, PerGroup) else None
+        missing = 0 if size is None else -self.width % size
         codes = np.pad(codes, [(0, 0), (0, missing)]) if missing else codes
         self.padded = codes.shape[1]
         self.packed = fmt.bits <= 4 and self.padded % 2 == 0
-        self.by_row = grouped or (isinstance(fmt.granularity, PerChannel) and fmt.granularity.axis % 2 == 0)
-        self.group = fmt.granularity.size if grouped else self.width
+        self.by_row = size is not None or (isinstance(fmt.granularity, PerChannel) and fmt.granularity.axis % 2 == 0)
+        self.group = size or self.width
         offset = np.zeros(scale.shape) if zero_point is None else zero_point.astype(np.float64)
         if self.packed:
             nibbles = (codes.astype(np.int16) + (8 if fmt.symmetric else 0)).astype(np.uint8)

@@ -1,0 +1,67 @@
+"""A small language model in few bits without training: how much of the perplexity lost by rounding is won back.
+
+    python -m benchmarks.language_rounding [--cases w4g32 w3g32 w3row w2g32] [--windows 128] [--variants ...] [--seed 0]
+
+stories260k, all linear layers of its blocks on asymmetric grids; the tied embedding stays float. Calibration: windows
+of 256 tokens of the training stories. Perplexity on the test stories in windows of 512; share = (nearest by min-max −
+found) / (nearest by min-max − float). "published GPTQ" is the algorithm of arXiv:2210.17323 with its clipping of the
+grid and activation order, on the same moments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+
+import torch
+
+import gracile as gc
+from benchmarks.stories import perplexity, stories, windows
+from gracile.formats import PerChannel, PerGroup
+
+CASES = {
+    "w4g32": gc.Int(4, PerGroup(32), symmetric=False),
+    "w3g32": gc.Int(3, PerGroup(32), symmetric=False),
+    "w3row": gc.Int(3, PerChannel(0), symmetric=False),
+    "w2g32": gc.Int(2, PerGroup(32), symmetric=False),
+}
+PUBLISHED = gc.solvers.GPTQ(beam=1, polish=0, rounds=1, asymmetry=0.0)
+VARIANTS = {
+    "nearest by min-max": {"ranges": gc.ranges.MinMax()},
+    "nearest": {},
+    "published GPTQ": {"solver": PUBLISHED, "ranges": gc.ranges.MSE(thresholds=100, power=2.4)},
+    "GPTQ, symmetric target": {"solver": gc.solvers.GPTQ(asymmetry=0.0)},
+    "GPTQ, one round, beam of one": {"solver": gc.solvers.GPTQ(beam=1, rounds=1)},
+    "GPTQ": {"solver": gc.solvers.GPTQ()},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--windows", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    model = stories()
+    pool = windows("calibration", 256)
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(args.seed))[: args.windows]
+    data = gc.Data(calibration=list(pool[order].split(16)))
+    whole = perplexity(model)
+    print(json.dumps({"float": whole}), flush=True)
+    for case in args.cases:
+        worst = None
+        for name in args.variants:
+            start = time.perf_counter()
+            step = gc.Quantize(CASES[case], exclude=("lm.model.embed_tokens", "lm.lm_head"), **VARIANTS[name])
+            result = gc.compress(model, step, data, seed=args.seed)
+            row = {"case": case, "variant": name, "seconds": round(time.perf_counter() - start, 1)}
+            row["perplexity"] = found = perplexity(result.model)
+            worst = found if worst is None else worst
+            row["share"] = round((worst - found) / (worst - whole), 3)
+            print(json.dumps(row | {"notes": result.report.steps[0].notes[:1]}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
