@@ -13,9 +13,10 @@ from torch import nn
 from gracile.config import to_config
 from gracile.criteria import Magnitude, Taylor
 from gracile.data import Batch, Data, labels_of, logits_of
+from gracile.environment import has_int8_dot_product
 from gracile.equalize import SmoothQuant
 from gracile.errors import DataError
-from gracile.formats import W8A8, Scheme
+from gracile.formats import W7A8, W8A8, Scheme
 from gracile.goal import Bytes, Goal, Latency, MACs, Parameters
 from gracile.graph import Trace
 from gracile.losses import MeanSquaredError, SoftLabels
@@ -32,8 +33,6 @@ from gracile.steps.quantize import Quantize
 #: Kernels work on vectors of channels: a ragged width costs what the next multiple costs, or more (ResNet-20 in int8 on
 #: ONNX Runtime: 16.5 ms at ragged widths of 0.7, 11.3 ms uncut).
 WIDTH_MULTIPLE = 8
-
-EXECUTED_SCHEMES: tuple[Scheme, ...] = (W8A8,)
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,16 @@ def forms(goal: Goal) -> list[Form]:
     for precision in target.capabilities.precisions:
         if precision != getattr(target, "precision", precision):
             modes.append(replace(target, precision=precision))
-    executed = [s for s in EXECUTED_SCHEMES if s.name in target.capabilities.schemes]
-    return [Form(mode) for mode in modes] + [Form(mode, scheme) for scheme in executed for mode in modes]
+    scheme = integer_scheme(target)
+    return [Form(mode) for mode in modes] + ([Form(mode, scheme) for mode in modes] if scheme is not None else [])
+
+
+def integer_scheme(target: Any) -> Scheme | None:
+    """The scheme of 8-bit integer kernels that this processor adds up exactly; None where the target has no kernels."""
+    known = target.capabilities.schemes
+    if W7A8.name in known and not has_int8_dot_product():
+        return W7A8
+    return W8A8 if W8A8.name in known else None
 
 
 def prune_steps(fraction: float, traced: Trace, data: Data) -> list[Step]:

@@ -52,11 +52,15 @@ def labelled(labels: Tensor) -> gc.Data:
     return gc.Data(train=[batch], calibration=[batch[0]], loss=gc.losses.cross_entropy)
 
 
-def test_the_targets_own_modes_come_first_and_integers_are_tried_in_each() -> None:
+@pytest.mark.parametrize(("dot_product", "scheme"), [(True, "W8A8"), (False, "W7A8")])
+def test_the_targets_own_modes_come_first_and_integers_are_tried_in_each(
+    monkeypatch: pytest.MonkeyPatch, dot_product: bool, scheme: str
+) -> None:
+    monkeypatch.setattr("gracile.planner.has_int8_dot_product", lambda: dot_product)
     found = [form.label for form in forms(gc.Goal(target=gc.OpenVINO()))]
     modes = gc.OpenVINO().capabilities.precisions
     assert found[0] == gc.OpenVINO().precision == "f32"
-    assert set(found) == set(modes) | {f"W8A8 {mode}" for mode in modes}
+    assert set(found) == set(modes) | {f"{scheme} {mode}" for mode in modes}
     assert [form.scheme is None for form in forms(gc.Goal(target=gc.OpenVINO()))] == [True] * len(modes) + [
         False
     ] * len(modes)

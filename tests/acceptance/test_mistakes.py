@@ -405,9 +405,9 @@ STEPS = [
     ),
     Mistake(
         "a second step that cannot be",
-        lambda e: e.compress(gc.Recipe(gc.Prune(0.3), gc.Quantize(gc.W4A16(group=4)))),
+        lambda e: e.compress(gc.Recipe(gc.Prune(0.3), gc.Quantize(gc.Int(4, gc.formats.PerChannel(2))))),
         gc.ConfigError,
-        ("conv", "groups of 4"),
+        ("PerChannel(axis=2)", "no such axis"),
     ),
     Mistake("a seed as text", lambda e: e.compress(seed="zero"), gc.ConfigError, ("seed", "'zero'", "whole number")),
 ]

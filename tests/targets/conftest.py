@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from gracile.environment import has_int8_dot_product
 from gracile.formats import Format, Int, PerTensor, format_to_config
 from gracile.nn import quantize_layer, quantized_kind
 
@@ -25,8 +27,11 @@ def quantize(
 ) -> nn.Module:
     """A copy with every layer that has a quantized kind replaced; ranges are the extremes on the example.
 
-    outputs: layers whose output is quantized as well.
+    outputs: layers whose output is quantized as well. Weights of 8 bits beside quantized inputs take 7 on processors
+    whose kernels add two products in 16 bits: what they compute with 8 is not what the layer says.
     """
+    if activation is not None and isinstance(weight, Int) and weight.bits == 8 and not has_int8_dot_product():
+        weight = replace(weight, bits=7)
     model = copy.deepcopy(model).eval()
     extremes: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
