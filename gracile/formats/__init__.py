@@ -11,9 +11,15 @@ from gracile.errors import ArtifactError, ConfigError
 from gracile.formats.base import Format, Granularity, PerChannel, PerGroup, PerTensor, format_to_config
 from gracile.formats.fixed_point import FixedPoint
 from gracile.formats.integer import Int
+from gracile.formats.levels import FP4, NF4, Levels, Ternary
+from gracile.formats.micro_float import FP8, MXFP4
 from gracile.formats.presets import W2A2, W2A8, W2A16, W3A3, W3A8, W3A16, W4A4, W4A8, W4A16, W7A8, W8A8, W8A16, Scheme
 
 __all__ = [
+    "FP4",
+    "FP8",
+    "MXFP4",
+    "NF4",
     "W2A2",
     "W2A8",
     "W2A16",
@@ -30,10 +36,12 @@ __all__ = [
     "Format",
     "Granularity",
     "Int",
+    "Levels",
     "PerChannel",
     "PerGroup",
     "PerTensor",
     "Scheme",
+    "Ternary",
     "bits_per_weight",
     "format_from_config",
     "format_to_config",

@@ -86,7 +86,7 @@ class Int(Format):
         zero_point: the shape of scale; None: the code of 0 in the range from minimum to maximum, which stays right
             when a narrower range is clipped by the same factor on both sides.
         """
-        _check_weight(weight)
+        check_weight(weight)
         shape = self.scale_shape(weight.shape)
         self._check_given(shape, scale, zero_point)
         if scale is None or (zero_point is None and not self.symmetric):
@@ -160,7 +160,8 @@ class Int(Format):
             raise ConfigError(f"Int.encode(zero_point=...): must lie in [{self.qmin}, {self.qmax}].")
 
 
-def _check_weight(weight: Tensor) -> None:
+def check_weight(weight: Tensor) -> None:
+    """Refuse a weight that is no floating point or not finite: DataError."""
     if not weight.is_floating_point():
         raise DataError(f"A weight of dtype {weight.dtype} cannot be encoded: it is not floating point.")
     finite = torch.isfinite(weight.detach().float())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gracile.context import Context
 from gracile.errors import DataError
-from gracile.formats import Int
+from gracile.formats import Int, Levels
 from gracile.graph import Trace
 from gracile.modes import eval_mode
 from gracile.nn import QuantizedConv, QuantizedLayer, QuantizedLinear
@@ -21,7 +21,7 @@ from gracile.solvers.rounding import Rounded, rounding_problem
 from gracile.stats.match import output_error, split_batches
 from gracile.stats.moments import CannotRefitError, LayerMoments
 from gracile.stats.rows import unfoldable
-from gracile.steps.int_grid import IntGrid
+from gracile.steps.grids import grid_of
 from gracile.steps.sequence import called_once, targets_of
 
 
@@ -97,8 +97,8 @@ def _solvable(
         layer = model.get_submodule(name)
         if not isinstance(layer, (QuantizedLinear, QuantizedConv)) or not unfoldable(layer):
             found.skipped[name] = "its inputs do not unfold into rows of its weight"
-        elif not isinstance(layer.weight_format, Int):
-            found.skipped[name] = f"a {type(layer.weight_format).__name__} has no scale to round by"
+        elif not isinstance(layer.weight_format, (Int, Levels)):
+            found.skipped[name] = f"{type(layer.weight_format).__name__} has no scale to round by"
         elif name not in once:
             found.skipped[name] = "called more than once, or tied to another layer"
         else:
@@ -110,14 +110,16 @@ def _round(
     moments: LayerMoments, name: str, weight: Tensor, solver: RoundingSolver, ranges: Range, found: Rounding
 ) -> None:
     layer = moments.model.get_submodule(name)
-    assert isinstance(layer, QuantizedLayer) and isinstance(layer.weight_format, Int)
+    assert isinstance(layer, QuantizedLayer)
+    grid = grid_of(layer.weight_format, ranges)
+    assert grid is not None
     measured = moments.measure(name)
     prior = weight.detach().double().cpu().flatten(1)
     if measured.gram.ndim == 3:
         prior = prior.unflatten(0, (len(measured.gram), -1))
     centred = moments.centred(name)
     problem = rounding_problem(prior, measured, centred, solver.damping, solver.asymmetry)
-    rounded = solver(prior, problem, IntGrid(layer.weight_format, ranges))
+    rounded = solver(prior, problem, grid)
     if not bool(torch.isfinite(rounded.weight).all()):
         raise DataError(f"Layer '{name}' {tuple(weight.shape)}: its rounded weight is not finite.")
     stored = _encode(layer, rounded)
@@ -134,11 +136,13 @@ def _round(
 
 def _encode(layer: QuantizedLayer, rounded: Rounded) -> dict[str, Tensor]:
     fmt = layer.weight_format
-    assert isinstance(fmt, Int)
+    assert isinstance(fmt, (Int, Levels))
     shape = fmt.scale_shape(layer.weight_shape)
     scale, zero = (t.flatten()[: math.prod(shape)].reshape(shape).float() for t in (rounded.scale, rounded.zero))
     weight = rounded.weight.reshape(layer.weight_shape).float()
-    return fmt.encode(weight, scale, None if fmt.symmetric else zero.to(torch.int16))
+    if isinstance(fmt, Levels) or fmt.symmetric:
+        return fmt.encode(weight, scale)
+    return fmt.encode(weight, scale, zero.to(torch.int16))
 
 
 def _state(model: nn.Module, name: str) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,12 +13,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gracile.formats import (
+    FP4,
+    FP8,
+    MXFP4,
+    NF4,
     FixedPoint,
     Format,
     Int,
+    Levels,
     PerChannel,
     PerGroup,
     PerTensor,
+    Ternary,
     format_from_config,
     format_to_config,
 )
@@ -50,6 +57,46 @@ def constant_256th(weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
     return torch.full(weight.shape, 1 / 256)
 
 
+def level_gap(fmt: Levels, weight: Tensor, scale: Tensor) -> Tensor:
+    """The distance between the levels that a weight lies between, the wider one where it lies on a level."""
+    levels = sorted(set(fmt.levels))
+    x = weight.double() / scale.double()
+    gaps = [
+        torch.where((x >= a - 1e-6) & (x <= b + 1e-6), torch.full_like(x, b - a), torch.zeros_like(x))
+        for a, b in pairwise(levels)
+    ]
+    beyond = 2 * (x.abs() - max(levels)).clamp(min=0)
+    return torch.maximum(torch.stack(gaps).amax(0), beyond) * scale.double()
+
+
+def of_nf4(weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    return level_gap(NF4(), weight, tensors["scale"].reshape(-1, *[1] * (weight.ndim - 1)))
+
+
+def of_fp4(weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    return level_gap(FP4(), weight, tensors["scale"])
+
+
+def of_ternary(weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    return level_gap(Ternary(), weight, tensors["scale"].reshape(-1, *[1] * (weight.ndim - 1)))
+
+
+def of_mxfp4(weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    exponent = tensors["exponent"].repeat_interleave(32, dim=1)[:, : weight[0].numel()].reshape(weight.shape)
+    return level_gap(FP4(), weight, 2.0 ** (exponent.double() - 127))
+
+
+def of_fp8(bits: int, smallest: float) -> Step:
+    """Steps of floating point with so many bits of mantissa, no finer than the smallest."""
+
+    def step(weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+        scale = tensors["scale"].reshape(-1, *[1] * (weight.ndim - 1)).double()
+        _, power = torch.frexp((weight.double() / scale).abs() * (1 + 1e-6))
+        return torch.maximum(2.0 ** (power.double() - 1 - bits), torch.tensor(smallest)) * scale
+
+    return step
+
+
 #: format, distance between neighbouring representable values at each weight, largest magnitude it is meant for.
 MEMBERS: list[tuple[Format, Step, float]] = [
     *[(Int(bits), per_row, 1e30) for bits in range(2, 9)],
@@ -62,6 +109,12 @@ MEMBERS: list[tuple[Format, Step, float]] = [
     (Int(2, PerGroup(6), symmetric=False), per_group_of_6, 1e30),
     (Int(3, PerGroup(4)), per_group_of_4, 1e30),
     (Int(4, PerGroup(4), symmetric=False), per_group_of_4, 1e30),
+    (NF4(PerChannel(0)), of_nf4, 1e30),
+    (FP4(PerTensor()), of_fp4, 1e30),
+    (Ternary(), of_ternary, 1e30),
+    (FP8(), of_fp8(3, 2.0**-9), 1e30),
+    (FP8("e5m2"), of_fp8(2, 2.0**-16), 1e30),
+    (MXFP4(), of_mxfp4, 1e30),
     (FixedPoint(256), constant_256th, 8e6),
 ]
 #: Three roundings to float32 (scale, quotient, product), each 2^-24 of at most 255 steps, come to 4.6e-5 steps.
@@ -132,7 +185,7 @@ def test_encoding_a_decoded_weight_again_gives_the_same_codes(
     if not inside(weight, limit):
         return
     first = fmt.encode(weight)
-    given_again = {name: first[name] for name in ("scale", "zero_point") if name in first}
+    given_again = {name: first[name] for name in ("scale", "zero_point", "exponent") if name in first}
     second = fmt.encode(fmt.decode(first), **given_again)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from gracile.context import Context
 from gracile.data import Data
 from gracile.errors import ConfigError, DataError
-from gracile.formats import W4A4, W4A8, W8A8, Int, PerChannel, PerGroup, PerTensor
+from gracile.formats import FP4, FP8, NF4, W4A4, W4A8, W8A8, Int, PerChannel, PerGroup, PerTensor, Ternary
 from gracile.ranges import MSE
 from gracile.solvers import GPTQ, Grid, Rounded, RoundingProblem, RoundingSolver
 from gracile.stats.match import output_error
 from gracile.steps import Quantize
-from gracile.steps.int_grid import IntGrid
+from gracile.steps.grids import IntGrid, LevelGrid
 
 
 class Net(nn.Module):
@@ -62,7 +62,15 @@ def context(model: nn.Module) -> Context:
     return Context(Data(calibration=batches()), original, original)
 
 
-SCHEMES = [W4A8, W4A4, Int(3, PerChannel(0)), Int(3, PerGroup(10), symmetric=False), Int(4, PerTensor())]
+SCHEMES = [
+    W4A8,
+    W4A4,
+    Int(3, PerChannel(0)),
+    Int(3, PerGroup(10), symmetric=False),
+    Int(4, PerTensor()),
+    NF4(PerGroup(10)),
+    Ternary(),
+]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -81,6 +89,8 @@ def test_the_model_comes_nearer_to_the_original_than_rounded_to_nearest(scheme: 
     for name in ("stem", "depthwise", "pointwise", "head"):
         layer = solved.get_submodule(name)
         fmt = layer.weight_format
+        if not isinstance(fmt, Int):
+            continue
         codes = fmt.unpack(layer.weight_codes, layer.weight_shape)  # type: ignore[operator]
         assert fmt.qmin <= int(codes.min()) and int(codes.max()) <= fmt.qmax  # type: ignore[operator]
 
@@ -162,3 +172,27 @@ def test_the_grid_of_a_solver_is_the_grid_of_the_format(granularity: object, sym
             continue
         beyond = levels[(levels - parts[0][i, 0] / scale[i]).sign() != (unit[i] - parts[0][i, 0] / scale[i]).sign()]
         assert float(other[i]) == (float(beyond[(beyond - unit[i]).abs().argmin()]) if len(beyond) else float(unit[i]))
+
+
+@pytest.mark.parametrize("fmt", [NF4(PerChannel(0)), FP4(PerTensor()), Ternary()], ids=str)
+def test_a_table_of_levels_is_a_grid_too(fmt: object) -> None:
+    grid = LevelGrid(fmt)  # type: ignore[arg-type]
+    weight = torch.randn(5, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    scale, zero = grid.fit(weight, torch.ones(12, dtype=torch.float64))
+    values = scale.unsqueeze(-1) * grid.units(weight, scale.unsqueeze(-1), zero.unsqueeze(-1))
+    stored = fmt.decode(fmt.encode(weight, scale[0] if grid.shared else scale))  # type: ignore[attr-defined]
+    assert torch.allclose(values.float(), stored, atol=1e-6)
+    levels = torch.tensor(sorted(set(fmt.levels)), dtype=torch.float64)  # type: ignore[attr-defined]
+    unit = grid.units(weight[:, 0], scale, zero)
+    other = grid.second(weight[:, 0], scale, zero, unit)
+    for i in range(5):
+        x = float(weight[i, 0] / scale[i])
+        beyond = [level for level in levels.tolist() if (level > x) != (float(unit[i]) > x)]
+        assert float(other[i]) == (min(beyond, key=lambda level: abs(level - x)) if beyond else float(unit[i]))
+
+
+def test_a_format_without_a_scale_stays_rounded_to_nearest() -> None:
+    model = net()
+    record = Quantize(FP8(), solver=GPTQ())(model, context(model))
+    reasons = {row.reason for row in record.layers if row.action == "quantized"}
+    assert "rounded to nearest: FP8 has no scale to round by" in reasons

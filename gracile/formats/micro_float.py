@@ -1,0 +1,98 @@
+"""Floating point of eight and of four bits: FP8 with a float32 scale, MXFP4 with powers of two for blocks of 32."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gracile.errors import ConfigError
+from gracile.formats.base import Format, Granularity, PerChannel, PerGroup
+from gracile.formats.granularity import from_rows, scale_shape, to_rows
+from gracile.formats.integer import SMALLEST_SCALE, check_weight
+from gracile.formats.levels import FP4
+from gracile.formats.packing import packed_bytes
+
+_KINDS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+
+@dataclass(frozen=True)
+class FP8(Format):
+    """x ≈ scale · f, f of eight bits: e4m3 up to 448, e5m2 up to 57,344; the largest weight falls on the largest f.
+
+    Tensors: "codes" uint8 in the weight's shape, the bits of f, "scale" float32 (see `scale_shape`), "shape" int64. For
+    storage: runtimes get the decoded weight. Source: Micikevicius et al. 2022 (arXiv:2209.05433).
+    """
+
+    kind: str = "e4m3"
+    granularity: Granularity = PerChannel(0)
+    bits = 8
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise ConfigError(f"FP8(kind={self.kind!r}): 'e4m3' or 'e5m2'.")
+
+    def encode(self, weight: Tensor, scale: Tensor | None = None) -> dict[str, Tensor]:
+        """Codes of a weight; NaN and infinities are refused (DataError). scale: None covers the largest weight."""
+        check_weight(weight)
+        shape, largest = scale_shape(self.granularity, tuple(weight.shape)), torch.finfo(_KINDS[self.kind]).max
+        rows = to_rows(self.granularity, weight.detach().float())
+        if scale is None:
+            extreme = rows.abs().amax(1)
+            scale = torch.where(extreme > 0, (extreme / largest).clamp(min=SMALLEST_SCALE), torch.ones_like(extreme))
+        scale = scale.detach().to(weight.device, torch.float32).reshape(shape)
+        floats = (rows / scale.reshape(-1, 1)).clamp(-largest, largest).to(_KINDS[self.kind])
+        codes = from_rows(self.granularity, floats.view(torch.uint8), tuple(weight.shape))
+        return {"codes": codes, "scale": scale, "shape": torch.tensor(weight.shape, dtype=torch.int64)}
+
+    def decode(self, tensors: dict[str, Tensor]) -> Tensor:
+        """The weight, float32."""
+        rows = to_rows(self.granularity, tensors["codes"]).view(_KINDS[self.kind]).float()
+        shape = tuple(tensors["codes"].shape)
+        return from_rows(self.granularity, rows * tensors["scale"].reshape(-1, 1), shape)
+
+    def size_bytes(self, shape: torch.Size | tuple[int, ...]) -> int:
+        """Bytes of codes and scales."""
+        return math.prod(shape) + 4 * math.prod(scale_shape(self.granularity, tuple(shape)))
+
+
+@dataclass(frozen=True)
+class MXFP4(Format):
+    """x ≈ 2^e · f, f of FP4 and e for 32 consecutive weights of a row: 4.25 bits per weight.
+
+    e = floor(log2 max|x|) − 2, within [−127, 127]; what lies beyond 6 · 2^e is clipped to it, as the specification has
+    it. Tensors: "codes" as FP4's, "exponent" uint8 [rows, ceil(columns / 32)] holding e + 127, "shape". For storage:
+    runtimes get the decoded weight. Source: OCP Microscaling Formats specification 1.0.
+    """
+
+    bits = 4
+
+    def encode(self, weight: Tensor, exponent: Tensor | None = None) -> dict[str, Tensor]:
+        """Codes of a weight; NaN and infinities are refused (DataError). exponent: None finds it from the weights."""
+        check_weight(weight)
+        if exponent is None:
+            rows = to_rows(_BLOCK, weight.detach().float())
+            # frexp is exact where a logarithm may round up to the next power: x = m · 2^n, 0.5 ≤ m < 1.
+            _, power = torch.frexp(rows.abs().amax(1))
+            exponent = (power - 3).clamp(-127, 127).add(127).to(torch.uint8)
+        exponent = exponent.reshape(scale_shape(_BLOCK, tuple(weight.shape)))
+        encoded = FP4(_BLOCK).encode(weight, _powers(exponent))
+        return {"codes": encoded["codes"], "exponent": exponent, "shape": encoded["shape"]}
+
+    def decode(self, tensors: dict[str, Tensor]) -> Tensor:
+        """The weight, float32."""
+        return FP4(_BLOCK).decode({**tensors, "scale": _powers(tensors["exponent"])})
+
+    def size_bytes(self, shape: torch.Size | tuple[int, ...]) -> int:
+        """Bytes of codes and exponents."""
+        return packed_bytes(math.prod(shape), 4) + math.prod(scale_shape(_BLOCK, tuple(shape)))
+
+
+_BLOCK = PerGroup(32)
+
+
+def _powers(exponent: Tensor) -> Tensor:
+    """2^(exponent − 127), float32; the smallest is a denormal, exact as well."""
+    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent.to(torch.int32) - 127)
