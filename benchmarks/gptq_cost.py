@@ -3,9 +3,9 @@
     python -m benchmarks.gptq_cost [--rows 1024] [--columns 4096] [--bits 4] [--threads 2] [--repeats 3]
 
 The published algorithm is written here as in its reference code: the Hessian damped by 1 % of its mean diagonal and
-sorted by it, its inverse and the Cholesky factor of that, columns in blocks of 128, min-max scales per row. Both get the
-weight and H = x xᵀ of inputs that go together. "nearest plane" is the same sweep from the factor of H itself; "polished"
-adds one sweep of coordinate descent over codes and scales.
+sorted by it, its inverse and the Cholesky factor of that, columns in blocks of 128, min-max scales per row. Both get
+the weight and H = x xᵀ of inputs that go together. "nearest plane" is the same sweep from the factor of H itself;
+"polished" adds one sweep of coordinate descent over codes and scales.
 """
 
 from __future__ import annotations
