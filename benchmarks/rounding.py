@@ -1,8 +1,10 @@
 """Convolutional nets in few bits without training: rounding to nearest against the solvers, no labels.
 
-    python -m benchmarks.rounding resnet20_akamaster [--schemes W4A8 W4A4] [--solvers nearest gptq] [--images 1024]
+    python -m benchmarks.rounding resnet20_akamaster [--schemes W4A8 W4A4] [--solvers nearest GPTQ] [--images 1024]
+    python -m benchmarks.rounding resnet32_akamaster --schemes --mixed 0.15 0.12 --solvers GPTQ
 
-Calibration on images of train20k; test5k only judges. The first and the last layer are W8A8 in all of them.
+Calibration on augmented images of train20k; test5k only judges. The first and the last layer are W8A8 in all schemes;
+--mixed chooses W8A8, W4A8 or W2A8 for every layer within that share of the float model's bytes.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from typing import Any
 
 import torch
 
@@ -17,8 +20,9 @@ import gracile as gc
 from benchmarks.datasets import augment, cifar10
 from benchmarks.models import accuracy
 from benchmarks.structured import MODELS
+from gracile.evaluate.size import state_bytes
 
-SOLVERS = {
+SOLVERS: dict[str, dict[str, Any]] = {
     "nearest, min-max": {"ranges": gc.ranges.MinMax(), "correct": False},
     "nearest": {},
     "GPTQ": {"solver": gc.solvers.GPTQ()},
@@ -31,7 +35,8 @@ SOLVERS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
-    parser.add_argument("--schemes", nargs="+", default=["W4A8", "W4A4"])
+    parser.add_argument("--schemes", nargs="*", default=["W4A8", "W4A4"])
+    parser.add_argument("--mixed", nargs="+", type=float, default=[])
     parser.add_argument("--solvers", nargs="+", default=list(SOLVERS))
     parser.add_argument("--images", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
@@ -45,14 +50,17 @@ def main() -> None:
         torch.manual_seed(args.seed)
         data = gc.Data(calibration=[augment(batch) for batch in images[order].split(128)])
     print(json.dumps({"model": args.model, "float": accuracy(model, test, answers)}), flush=True)
-    for scheme in args.schemes:
+    formats: list[dict[str, Any]] = [{"scheme": getattr(gc.formats, scheme)} for scheme in args.schemes]
+    formats += [{"to": gc.Bytes(share), "options": (gc.W8A8, gc.W4A8, gc.W2A8)} for share in args.mixed]
+    for settings in formats:
         for name in args.solvers:
             start = time.perf_counter()
-            result = gc.compress(model, gc.Quantize(getattr(gc.formats, scheme), **SOLVERS[name]), data, seed=args.seed)
-            row = {"scheme": scheme, "solver": name, "accuracy": accuracy(result.model, test, answers)}
-            row["seconds"] = time.perf_counter() - start
-            row["numbers"] = result.report.steps[0].numbers
-            print(json.dumps(row), flush=True)
+            step = gc.Quantize(**settings, **SOLVERS[name])
+            result = gc.compress(model, step, data, seed=args.seed)
+            row = {"step": step.title, "solver": name, "seconds": round(time.perf_counter() - start, 1)}
+            row["accuracy"] = accuracy(result.model, test, answers)
+            row["bytes"] = state_bytes(result.model) / state_bytes(model)
+            print(json.dumps(row | {"numbers": result.report.steps[0].numbers}), flush=True)
 
 
 if __name__ == "__main__":

@@ -76,8 +76,12 @@ def _only(patterns: Any, step: Any) -> Step:
     return only(patterns, step)
 
 
-def _quantize(scheme: Any, **settings: Any) -> Quantize:
-    return Quantize(scheme_named(scheme) if isinstance(scheme, str) else scheme, **settings)
+def _quantize(scheme: Any = None, options: Any = (), **settings: Any) -> Quantize:
+    return Quantize(_named(scheme), options=tuple(_named(each) for each in options), **settings)
+
+
+def _named(scheme: Any) -> Any:
+    return scheme_named(scheme) if isinstance(scheme, str) else scheme
 
 
 def _shown(config: Any) -> str:

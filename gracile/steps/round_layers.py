@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,7 @@ from gracile.errors import DataError
 from gracile.formats import Int, Levels
 from gracile.graph import Trace
 from gracile.modes import eval_mode
-from gracile.nn import QuantizedConv, QuantizedLayer, QuantizedLinear
+from gracile.nn import QuantizedLayer
 from gracile.ranges.base import Range
 from gracile.solvers import RoundingSolver
 from gracile.solvers.rounding import Rounded, rounding_problem
@@ -62,7 +62,13 @@ def round_in_sequence(
     stand for.
     """
     found = Rounding()
-    order = _solvable(model, reference, traced, weights, found)
+    reasons = solvable(reference, traced, weights)
+    found.skipped = {name: reason for name, reason in reasons.items() if reason is not None}
+    for name in weights:
+        layer = model.get_submodule(name)
+        if isinstance(layer, QuantizedLayer) and not isinstance(layer.weight_format, (Int, Levels)):
+            found.skipped[name] = f"{type(layer.weight_format).__name__} has no scale to round by"
+    order = [name for name in reasons if name not in found.skipped]
     if not order:
         return found
     held_out = split_batches(context.data)[1]
@@ -74,9 +80,10 @@ def round_in_sequence(
     with eval_mode(model, reference):
         for done, name in enumerate(order):
             try:
-                _round(moments, name, weights[name], solver, ranges, found)
-            except CannotRefitError as error:
-                found.skipped[name] = str(error)
+                gain, error = round_layer(moments, name, weights[name], solver, ranges)
+                found.gains[name], found.errors[name] = gain, error
+            except CannotRefitError as failure:
+                found.skipped[name] = str(failure)
             context.progress("round", done + 1, len(order))
     moments.replay.clear()
     found.error = output_error(model, reference, context.data, held_out)
@@ -87,28 +94,27 @@ def round_in_sequence(
     return found
 
 
-def _solvable(
-    model: nn.Module, reference: nn.Module, traced: Trace, weights: Mapping[str, Tensor], found: Rounding
-) -> list[str]:
-    """The layers that a solver can round, in the order of the forward; why others stay rounded to nearest."""
-    once = called_once(reference, traced)
-    order = []
-    for name in weights:
-        layer = model.get_submodule(name)
-        if not isinstance(layer, (QuantizedLinear, QuantizedConv)) or not unfoldable(layer):
-            found.skipped[name] = "its inputs do not unfold into rows of its weight"
-        elif not isinstance(layer.weight_format, (Int, Levels)):
-            found.skipped[name] = f"{type(layer.weight_format).__name__} has no scale to round by"
-        elif name not in once:
-            found.skipped[name] = "called more than once, or tied to another layer"
+def solvable(reference: nn.Module, traced: Trace, layers: Iterable[str]) -> dict[str, str | None]:
+    """Layer -> why no solver can round it, or None, in the order of the forward; of the float model."""
+    once = {name: i for i, name in enumerate(called_once(reference, traced))}
+    reasons: dict[str, str | None] = {}
+    for name in sorted(layers, key=lambda name: once.get(name, len(once))):
+        if not unfoldable(reference.get_submodule(name)):
+            reasons[name] = "its inputs do not unfold into rows of its weight"
         else:
-            order.append(name)
-    return sorted(order, key=once.index)
+            reasons[name] = None if name in once else "called more than once, or tied to another layer"
+    return reasons
 
 
-def _round(
-    moments: LayerMoments, name: str, weight: Tensor, solver: RoundingSolver, ranges: Range, found: Rounding
-) -> None:
+def round_layer(
+    moments: LayerMoments, name: str, weight: Tensor, solver: RoundingSolver, ranges: Range
+) -> tuple[float, float]:
+    """Give one quantized layer of the moments' model the solver's codes, and its bias what is left of the mean.
+
+    weight: the float one that the codes stand for. Returns the loss of its outputs as a share of what rounding to
+    nearest leaves, and as a share of their squares. Raises CannotRefitError where it reads other tokens than in the
+    original.
+    """
     layer = moments.model.get_submodule(name)
     assert isinstance(layer, QuantizedLayer)
     grid = grid_of(layer.weight_format, ranges)
@@ -124,14 +130,14 @@ def _round(
         raise DataError(f"Layer '{name}' {tuple(weight.shape)}: its rounded weight is not finite.")
     stored = _encode(layer, rounded)
     layer.set_weight(stored)
-    found.gains[name] = float(rounded.loss.sum() / rounded.nearest_loss.sum().clamp_min(1e-300))
-    signal = problem.loss(torch.zeros_like(problem.target)).sum()
-    found.errors[name] = float(rounded.loss.sum() / signal.clamp_min(1e-300))
     if centred:
         decoded = layer.decoded_weight().double().cpu().reshape(prior.shape)
         target = solver.asymmetry * measured.mean_target
         target = target + (1 - solver.asymmetry) * (prior @ measured.mean.unsqueeze(-1)).squeeze(-1)
         moments.shift(name, (target - (decoded @ measured.mean.unsqueeze(-1)).squeeze(-1)).flatten())
+    loss, baseline = float(rounded.loss.sum()), float(rounded.nearest_loss.sum())
+    signal = float(problem.loss(torch.zeros_like(problem.target)).sum())
+    return loss / max(baseline, 1e-300), loss / max(signal, 1e-300)
 
 
 def _encode(layer: QuantizedLayer, rounded: Rounded) -> dict[str, Tensor]:

@@ -77,6 +77,7 @@ MEMBERS = [
     Member(gc.Quantize(gc.W8A8), keeps_floats=False, quantizes_inputs=True),
     Member(gc.Quantize(gc.W4A4, solver=gc.solvers.GPTQ()), keeps_floats=False, quantizes_inputs=True),
     Member(gc.Quantize(gc.W4A16(group=8), solver=gc.solvers.GPTQ()), keeps_floats=False),
+    Member(gc.Quantize(to=gc.Bytes(0.6), options=(gc.Int(8), gc.Int(4))), keeps_floats=False),
     Member(gc.Quantize(gc.W8A16, ranges=gc.ranges.MinMax()), keeps_floats=False),
     Member(gc.Quantize(gc.Int(4)), keeps_floats=False),
     Member(gc.Quantize(gc.FixedPoint(factor=256)), keeps_floats=False),

@@ -141,7 +141,7 @@ def test_what_makes_the_outputs_worse_is_taken_back() -> None:
 
 def test_a_solver_needs_data_and_has_to_be_one() -> None:
     model = net()
-    with pytest.raises(DataError, match="what GPTQ needs shows when the model runs"):
+    with pytest.raises(DataError, match="rounds by what GPTQ measures"):
         Quantize(Int(4), solver=GPTQ())(model, Context(Data(), model, model))
     with pytest.raises(ConfigError, match=r"solvers\.GPTQ\(\)"):
         Quantize(Int(4), solver="gptq")  # type: ignore[arg-type]

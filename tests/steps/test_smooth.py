@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import gracile as gc
 from gracile.errors import ConfigError
 from gracile.layer_stats import LayerStats
+from gracile.planner import integer_scheme
 from gracile.steps.smooth import same_inputs
 
 
@@ -54,7 +55,9 @@ def error(model: nn.Module, original: nn.Module) -> float:
 
 
 def compressed(equalize: gc.equalize.SmoothQuant | None) -> gc.Result:
-    step = gc.Quantize(gc.W8A8, equalize=equalize, correct=False)
+    scheme = integer_scheme(gc.OnnxRuntime())  # weights of 7 bits where the processor adds products in 16
+    assert scheme is not None
+    step = gc.Quantize(scheme, equalize=equalize, correct=False)
     return gc.compress(block(), step, gc.Data(calibration=batches(1)))
 
 

@@ -1,0 +1,131 @@
+"""The number format of each layer, so that the model fits into its bytes and its outputs change least."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from gracile.context import Context
+from gracile.data import logits_of
+from gracile.errors import ConfigError, DataError
+from gracile.evaluate.size import state_bytes
+from gracile.formats import Scheme
+from gracile.goal import Bytes
+from gracile.graph import trace
+from gracile.knapsack import choose_options
+from gracile.modes import eval_mode
+from gracile.recipe import Recorder
+from gracile.solvers import RoundingSolver
+from gracile.stats.collect import first_batch
+from gracile.stats.match import divergence
+from gracile.stats.moments import CannotRefitError, LayerMoments
+from gracile.stats.replay import Replay
+from gracile.steps.blocks import put_module
+from gracile.steps.correct import copy_model
+from gracile.steps.quantize_layers import Encoder, format_for
+from gracile.steps.round_layers import round_layer, solvable
+from gracile.steps.sequence import targets_of
+from gracile.steps.tables import outputs_of, some_batches
+
+#: Calibration examples that each layer's options are judged on.
+EXAMPLES = 256
+
+
+def choose_schemes(
+    model: nn.Module,
+    reference: nn.Module,
+    options: Mapping[str, Sequence[Scheme]],
+    budget: Bytes,
+    encoder: Encoder,
+    solver: RoundingSolver | None,
+    context: Context,
+    recorder: Recorder,
+) -> dict[str, Scheme]:
+    """argmin Σ loss of the layers' schemes subject to the bytes of the model, one scheme of each layer.
+
+    The loss of a scheme is the divergence of the model's outputs from the original's with that layer alone quantized,
+    by the solver where there is one, measured on calibration batches. Bytes are those of the model's tensors as stored.
+    Raises ConfigError where no choice fits, with the least that can be reached.
+
+    model: the float model, which is left as it is. reference: the same model once more.
+    """
+    losses = _measure(reference, options, encoder, solver, context)
+    whole = state_bytes(model)
+    limit = budget.limit(state_bytes(context.original))
+    saved = {
+        name: [_bytes_saved(model.get_submodule(name), scheme) for scheme in schemes]
+        for name, schemes in options.items()
+    }
+    least = whole - sum(max(each) for each in saved.values())
+    if least > limit:
+        original = state_bytes(context.original)
+        raise ConfigError(
+            f"Quantize(to={budget}): cannot be met; the nearest that these options reach is {least:g} of {original:g} "
+            f"bytes ({least / original:.3f}).\n  Ask for at least that, or add an option of fewer bits."
+        )
+    items = [list(zip(losses[name], saved[name], strict=True)) for name in options]
+    chosen = choose_options(items, whole - limit)
+    recorder.numbers["predicted_loss"] = sum(item[i][0] for item, i in zip(items, chosen))
+    recorder.numbers["bytes"] = whole - sum(item[i][1] for item, i in zip(items, chosen))
+    found = {name: schemes[i] for (name, schemes), i in zip(options.items(), chosen)}
+    names = dict.fromkeys(scheme.name for schemes in options.values() for scheme in schemes)
+    counts = {name: sum(scheme.name == name for scheme in found.values()) for name in names}
+    shares = ", ".join(f"{count} layers in {name}" for name, count in counts.items())
+    recorder.notes.append(f"Mixed precision for {budget}: {shares}; chosen by the measured divergence of the outputs.")
+    return found
+
+
+def _measure(
+    reference: nn.Module,
+    options: Mapping[str, Sequence[Scheme]],
+    encoder: Encoder,
+    solver: RoundingSolver | None,
+    context: Context,
+) -> dict[str, list[float]]:
+    """Layer -> the divergence of the outputs by each of its schemes, all other layers as they are."""
+    batches = some_batches(context.data, EXAMPLES)
+    trial = copy_model(reference).eval()
+    expected = outputs_of(trial, context.data, batches)
+    batch = first_batch(context.data)
+    traced = trace(reference, lambda net: context.data.forward(net, batch))
+    place = {layer.name: i for i, layer in enumerate(traced.layers)}
+    order = sorted(options, key=lambda name: place.get(name, len(place)))
+    solved = solvable(reference, traced, order) if solver is not None else {}
+    names = [name for name in order if solved.get(name, "") is None]
+    moments = LayerMoments(trial, targets_of(reference, traced, names, context), norms=dict(traced.batch_norm_pairs()))
+    replay = Replay(trial, context.data, batches)
+    losses: dict[str, list[float]] = {}
+    with eval_mode(reference):
+        for done, name in enumerate(order):
+            old = trial.get_submodule(name)
+            losses[name] = []
+            for scheme in options[name]:
+                layer, _ = encoder.build(name, old, scheme, encoder.encode(name, old, scheme))
+                put_module(trial, name, layer.eval())
+                if solver is not None and name in names:
+                    try:
+                        round_layer(moments, name, encoder.weight(name, old), solver, encoder.ranges)
+                    except CannotRefitError:
+                        names.remove(name)
+                replay.seek(name)
+                with torch.no_grad():
+                    outputs = [logits_of(replay.run(i)) for i in range(len(batches))]
+                losses[name].append(divergence(outputs, expected))
+                if not math.isfinite(losses[name][-1]):
+                    raise DataError(f"Quantize: the outputs are NaN or infinite with '{name}' in {scheme.name}.")
+            put_module(trial, name, old)
+            if name in moments.norms:  # which may have taken up what a layer without a bias could not
+                norm = trial.get_submodule(moments.norms[name])
+                norm.load_state_dict(reference.get_submodule(moments.norms[name]).state_dict())
+            context.progress("sensitivity", done + 1, len(order))
+    return losses
+
+
+def _bytes_saved(layer: nn.Module, scheme: Scheme) -> float:
+    """Bytes of the layer's float weight less those of its codes, scales and the grid of its input."""
+    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+    grid = 8 if scheme.input is not None else 0
+    return weight.nbytes - format_for(layer, scheme.weight).size_bytes(weight.shape) - grid

@@ -1,0 +1,193 @@
+"""The layers that a number format can be put on, and the quantized layer that takes the place of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gracile.context import Context
+from gracile.errors import ConfigError, DataError, NothingChangedError
+from gracile.formats import Format, Int, PerChannel, Scheme, format_to_config
+from gracile.graph import Trace
+from gracile.layer_stats import LayerStats
+from gracile.nn import QuantizedLayer, quantize_layer, quantized_kind
+from gracile.ranges.base import Range
+from gracile.recipe import Recorder
+from gracile.report.model import LayerRow
+from gracile.select import Select
+from gracile.stats.rows import CONVOLUTIONS
+from gracile.surgery import Swap, apply
+
+#: Operators between a convolution and the next quantized layer that integer kernels take into the convolution.
+ABSORBED = frozenset({"relu", "hardtanh", "clamp", "relu6"})
+
+
+def quantizable(model: nn.Module, exclude: tuple[str, ...], context: Context, recorder: Recorder) -> list[str]:
+    """Names of the selected layers for which there is a quantized one; others are recorded with the reason."""
+    select = (context.select or Select()).without(*exclude)
+    weighted = [
+        (name, m)
+        for name, m in model.named_modules()
+        if isinstance(m, QuantizedLayer) or any(p.ndim >= 2 for p in m.parameters(recurse=False))
+    ]
+    Select(exclude=exclude).check([name for name, _ in weighted])
+    shared = shared_weights(model)
+    chosen = []
+    for name, module in weighted:
+        if not select.matches(name):
+            continue
+        if isinstance(module, QuantizedLayer):
+            recorder.skip(name, type(module).__name__, "quantized already")
+        elif quantized_kind(module) is None:
+            recorder.skip(name, type(module).__name__, f"no quantized layer stands for a {type(module).__name__}")
+        elif not name:
+            recorder.skip("model", type(module).__name__, "the model is itself a layer; wrap it: nn.Sequential(model)")
+        elif name in shared:
+            recorder.skip(name, type(module).__name__, f"shares its weight with '{shared[name]}'")
+        else:
+            chosen.append(name)
+    if not chosen:
+        reasons = [f"{row.name}: {row.reason}" for row in recorder.layers[:5]]
+        raise NothingChangedError(
+            "Quantize: no layer can be quantized.\n  " + ("\n  ".join(reasons) or "The selection holds none.")
+        )
+    return chosen
+
+
+@dataclass
+class Encoder:
+    """Puts layers on the grids of a scheme.
+
+    ranges: how scales are found. stats: layer -> histograms of its input and output; none where inputs stay float.
+    outputs: layers whose output needs a grid too. smoothing: layer -> what its inputs are divided by, and its weight
+    multiplied.
+    """
+
+    ranges: Range
+    stats: Mapping[str, LayerStats] = field(default_factory=dict)
+    outputs: frozenset[str] = frozenset()
+    smoothing: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def weight(self, name: str, layer: nn.Module) -> Tensor:
+        """The float weight that the codes of the layer stand for."""
+        weight: Tensor = layer.weight.detach()  # type: ignore[operator,union-attr,assignment]
+        return weight * self.smoothing[name] if name in self.smoothing else weight
+
+    def check(self, name: str, layer: nn.Module, scheme: Scheme) -> None:
+        """Raise what `encode` would raise."""
+        fmt = format_for(layer, scheme.weight)
+        if not isinstance(fmt, Int) or not torch.isfinite(self.weight(name, layer)).all():
+            self.encode(name, layer, scheme)
+        else:
+            self._sized(name, layer, fmt)
+
+    def encode(self, name: str, layer: nn.Module, scheme: Scheme) -> dict[str, Tensor]:
+        """The weight by its nearest codes. Raises DataError or ConfigError, naming the layer, where it has none."""
+        weight = self.weight(name, layer)
+        if not torch.isfinite(weight).all():
+            raise DataError(f"Quantize: the weight of layer '{name}' holds NaN or infinity.")
+        fmt = format_for(layer, scheme.weight)
+        self._sized(name, layer, fmt)
+        if isinstance(fmt, Int):
+            return fmt.encode(weight, self.ranges.weight(weight, fmt))
+        try:
+            return fmt.encode(weight)
+        except ConfigError as error:  # values that the format does not reach
+            raise ConfigError(f"Quantize: layer '{name}' {tuple(weight.shape)}: {error}") from error
+
+    def _sized(self, name: str, layer: Any, fmt: Format) -> None:
+        """Refuse a granularity that does not fit the weight."""
+        try:
+            fmt.size_bytes(layer.weight.shape)
+        except ConfigError as error:
+            raise ConfigError(f"Quantize: layer '{name}' {tuple(layer.weight.shape)}: {error}") from error
+
+    def build(
+        self, name: str, old: Any, scheme: Scheme, encoded: Mapping[str, Tensor]
+    ) -> tuple[QuantizedLayer, dict[str, Any]]:
+        """The quantized layer for an old one, and its configuration."""
+        fmt = format_for(old, scheme.weight)
+        config: dict[str, Any] = {"weight": format_to_config(fmt), "input": None, "output": None}
+        tensors = {f"weight_{key}": value for key, value in encoded.items() if key != "shape"}
+        stats = self.stats.get(name)
+        if stats is not None and isinstance(scheme.input, Int):
+            sides = {"input": stats.input, "output": stats.output if name in self.outputs else None}
+            for side, histogram in sides.items():
+                if histogram is not None:
+                    scale, zero_point = self.ranges.activation(histogram, scheme.input)
+                    config[side] = format_to_config(scheme.input)
+                    tensors[f"{side}_scale"], tensors[f"{side}_zero_point"] = scale, zero_point
+        if name in self.smoothing:
+            config["smooth"] = True
+            tensors["input_multiplier"] = 1 / self.smoothing[name]
+        if isinstance(getattr(old, "bias", None), Tensor):
+            config["bias"] = True
+            tensors["bias"] = old.bias.detach()
+        layer = quantize_layer(old, tensors, config)
+        assert isinstance(layer, QuantizedLayer)
+        return layer, config
+
+    def swap(self, model: nn.Module, name: str, scheme: Scheme, recorder: Recorder) -> None:
+        """Put the quantized layer in the old one's place, and record it."""
+        old: Any = model.get_submodule(name)
+        encoded = self.encode(name, old, scheme)
+        layer, config = self.build(name, old, scheme, encoded)
+        edit = Swap(name, type(layer).__name__, config)
+        apply(model, [edit])
+        new: Any = model.get_submodule(name)
+        new.load_state_dict(layer.state_dict())
+        new.train(old.training)
+        recorder.edits.append(edit)
+        weight = self.weight(name, old).float()
+        decoded = format_for(old, scheme.weight).decode(encoded)
+        error = (decoded - weight).square().sum() / weight.square().sum().clamp_min(1e-30)
+        recorder.layers.append(
+            LayerRow(
+                name=name,
+                kind=type(old).__name__,
+                action="quantized",
+                bits=8 * sum(t.nbytes for key, t in encoded.items() if key != "shape") / old.weight.numel(),
+                sparsity=float((new.decoded_weight() == 0).float().mean()),
+                error=float(error),
+            )
+        )
+
+
+def layers_with_output_grids(model: nn.Module, layers: list[str], traced: Trace) -> frozenset[str]:
+    """Layers whose output an integer kernel needs on a grid of its own, since no quantized layer follows directly.
+
+    Linear layers need none: their kernels give float outputs from integer products.
+    """
+    convolutions = [name for name in layers if isinstance(model.get_submodule(name), CONVOLUTIONS)]
+    return frozenset(
+        name
+        for name in convolutions
+        if not all(c in ABSORBED or c.startswith("module:") for c in traced.consumers(name))
+    )
+
+
+def format_for(layer: nn.Module, fmt: Format) -> Format:
+    """The scheme's format, with channels along the output axis of a transposed convolution."""
+    transposed = isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+    if transposed and isinstance(fmt, Int) and fmt.granularity == PerChannel(0):
+        return replace(fmt, granularity=PerChannel(1))
+    return fmt
+
+
+def shared_weights(model: nn.Module) -> dict[str, str]:
+    """Layer -> another layer that holds the very same weight."""
+    owners: dict[int, str] = {}
+    shared: dict[str, str] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is None:
+            continue
+        if id(weight) in owners:
+            shared[name] = owners[id(weight)]
+            shared[owners[id(weight)]] = name
+        owners.setdefault(id(weight), name)
+    return shared
