@@ -95,9 +95,11 @@ def column_order(metric: Tensor, group: int) -> Tensor:
 def _permuted(problem: RoundingProblem, order: Tensor | None) -> RoundingProblem:
     if order is None:
         return problem
-    target = problem.target.gather(-1, order.unsqueeze(-2).expand_as(problem.target))
+    columns = order.unsqueeze(-2).expand_as(problem.target)
+    target = problem.target.gather(-1, columns)
+    zeros = None if problem.zeros is None else problem.zeros.gather(-1, columns)
     metric = problem.metric.gather(-2, order.unsqueeze(-1).expand_as(problem.metric))
-    return RoundingProblem(target, metric.gather(-1, order.unsqueeze(-2).expand_as(metric)))
+    return RoundingProblem(target, metric.gather(-1, order.unsqueeze(-2).expand_as(metric)), zeros)
 
 
 def _descend(state: Columns, problem: RoundingProblem, grid: Grid, block: int) -> None:
@@ -124,6 +126,8 @@ def _descend(state: Columns, problem: RoundingProblem, grid: Grid, block: int) -
             scale, zero, before = state.scale[..., place, :], state.zero[..., place, :], state.units[..., j, :]
             best = before * scale - slope[..., i, :] / metric[..., j, j].unsqueeze(-1)
             unit = grid.units(best, scale, zero)
+            if problem.zeros is not None:
+                unit = unit.masked_fill(problem.zeros[..., j], 0.0)
             change = (unit - before) * scale
             state.units[..., j, :] = unit
             error[..., j, :] += change

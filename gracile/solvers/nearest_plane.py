@@ -50,7 +50,7 @@ def nearest_plane(problem: RoundingProblem, grid: Grid, block: int, beam: int, g
     # Upper triangular, with a diagonal of ones: what an error in column k shifts the minimum of column j by.
     passed = (factor / pivots.unsqueeze(-2)).flip(-1, -2).contiguous()
     search = _Search(target, grid, problem.metric.diagonal(dim1=-2, dim2=-1), passed, pivots.flip(-1).square(), beam)
-    search.given = given
+    search.given, search.zeros = given, problem.zeros
     if grid.group is None:
         search.set_scale(problem.target, 0, width)
     for start in range(0, width, block):
@@ -70,8 +70,9 @@ class _Search:
         self.loss = target.new_full((beam, *target.shape[:-2], target.shape[-1]), float("inf"))
         self.loss[0] = 0
         self.scales: list[Tensor] = []
-        self.zeros: list[Tensor] = []
+        self.zero_points: list[Tensor] = []
         self.given: Columns | None = None
+        self.zeros: Tensor | None = None
 
     def set_scale(self, weight: Tensor, start: int, stop: int) -> None:
         """Fit the scales of a group to these weights, [(beam,) ..., out, n]."""
@@ -81,7 +82,7 @@ class _Search:
             place = start // self.group
             scale, zero = self.given.scale[..., place, :], self.given.zero[..., place, :]
         self.scales.append(scale.expand_as(self.loss).clone())
-        self.zeros.append(zero.expand_as(self.loss).clone())
+        self.zero_points.append(zero.expand_as(self.loss).clone())
 
     def go_through(self, start: int, stop: int) -> None:
         """Round the columns of one block."""
@@ -94,7 +95,7 @@ class _Search:
             if self.grid.group is not None and j % self.group == 0:
                 end = min(j + self.group, stop)
                 self.set_scale(present[..., i : i + end - j, :].mT, j, end)
-            unit, parent = self._choose(present[..., i, :], self.weights[..., j].unsqueeze(-1))
+            unit, parent = self._choose(present[..., i, :], j)
             chosen.append((unit, parent))
             if parent is not None:
                 present[..., i + 1 :, :] = _of(present[..., i + 1 :, :], parent)
@@ -104,19 +105,24 @@ class _Search:
             present[..., i + 1 :, :].addcmul_(passed, error.unsqueeze(-2), value=-1)
         self._trace_back(chosen, start, known)
 
-    def _choose(self, centre: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _choose(self, centre: Tensor, column: int) -> tuple[Tensor, Tensor | None]:
         """Units [beam, ..., out] of the roundings that go on, and which of those so far each continues."""
-        scale, zero = self.scales[-1], self.zeros[-1]
+        scale, zero = self.scales[-1], self.zero_points[-1]
         unit = self.grid.units(centre, scale, zero)
+        if self.zeros is not None:
+            unit = unit.masked_fill(self.zeros[..., column], 0.0)
         if self.beam == 1:
             return unit, None
         second = self.grid.second(centre, scale, zero, unit)
+        if self.zeros is not None:
+            second = second.masked_fill(self.zeros[..., column], 0.0)
+        weight = self.weights[..., column].unsqueeze(-1)
         losses = [self.loss + weight * (u * scale - centre).square() for u in (unit, second)]
         losses[1][second == unit] = float("inf")  # the grid has no other unit on that side
         self.loss, places = torch.cat(losses).topk(self.beam, dim=0, largest=False)
         parent = places % self.beam
         if self.grid.group is not None:
-            self.scales[-1], self.zeros[-1] = scale.gather(0, parent), zero.gather(0, parent)
+            self.scales[-1], self.zero_points[-1] = scale.gather(0, parent), zero.gather(0, parent)
         return torch.cat([unit, second]).gather(0, places), parent
 
     def _trace_back(self, chosen: list[tuple[Tensor, Tensor | None]], start: int, known: int) -> None:
@@ -126,7 +132,7 @@ class _Search:
             unit, parent = chosen[j - start]
             group = j // self.group
             if place is not None and (j + 1) % self.group == 0 and group >= known:
-                for values in (self.scales, self.zeros):
+                for values in (self.scales, self.zero_points):
                     values[group] = values[group].gather(0, place)
             unit = unit if place is None else unit.gather(0, place)
             self.units[..., j, :] = unit
@@ -135,7 +141,7 @@ class _Search:
         if place is not None and start:
             self.units[..., :start, :] = _of(self.units[..., :start, :], place)
             self.errors[..., :start, :] = _of(self.errors[..., :start, :], place)
-            for values in (self.scales, self.zeros):
+            for values in (self.scales, self.zero_points):
                 values[:known] = [value.gather(0, place) for value in values[:known]]
         for j in range(start, start + len(chosen)):
             scale = self.scales[j // self.group]
@@ -145,7 +151,9 @@ class _Search:
         """The rounding of least loss of each row."""
         place = self.loss.argmin(0, keepdim=True)
         units = _of(self.units, place).squeeze(0)
-        scale, zero = (torch.stack([t.gather(0, place).squeeze(0) for t in s], -2) for s in (self.scales, self.zeros))
+        scale, zero = (
+            torch.stack([t.gather(0, place).squeeze(0) for t in s], -2) for s in (self.scales, self.zero_points)
+        )
         return Columns(units, scale, zero, self.group)
 
 

@@ -43,11 +43,13 @@ class RoundingProblem:
     """tr (Q − V) M (Q − V)ᵀ, to be made small by Q on a grid; all of one float dtype.
 
     target: V, [..., out, d], the weight that would be best without a grid. metric: M, [..., d, d], positive definite.
-    Leading axes are the groups of a convolution.
+    Leading axes are the groups of a convolution. zeros: [..., out, d], weights that have to stay zero, which an earlier
+    step pruned; None: there are none.
     """
 
     target: Tensor
     metric: Tensor
+    zeros: Tensor | None = None
 
     def loss(self, weight: Tensor) -> Tensor:
         """(Q − V) M (Q − V)ᵀ of each row, [..., out]."""
@@ -86,11 +88,11 @@ def rounding_problem(
 ) -> RoundingProblem:
     """V = ((1 − α) W C + α C(t, x) + λ W) M⁻¹ and M = C + λ I, with C = Cov x and λ = damping · mean(diag C).
 
-    prior: W, [..., out, d]. centre: whether the intercept is free; if not, C is the second moment about zero.
-    asymmetry: α, how much of the target is what the original gives on its own inputs rather than on the present ones.
-    Inputs that never vary say nothing: there V = W and M = I. Where rounding has made C indefinite, λ grows tenfold
-    until M has a Cholesky factor. float64 up to 1,024 columns, float32 beyond. Raises DataError for moments that are
-    not finite.
+    prior: W, [..., out, d]; what is exactly zero in it stays zero. centre: whether the intercept is free; if not, C is
+    the second moment about zero. asymmetry: α, how much of the target is what the original gives on its own inputs
+    rather than on the present ones. Inputs that never vary say nothing: there V = W and M = I. Where rounding has made
+    C indefinite, λ grows tenfold until M has a Cholesky factor. float64 up to 1,024 columns, float32 beyond. Raises
+    DataError for moments that are not finite.
     """
     if not bool(torch.isfinite(moments.gram).all() & torch.isfinite(moments.cross).all()):
         raise DataError("The moments of a layer's inputs or outputs hold NaN or infinity.")
@@ -115,7 +117,8 @@ def rounding_problem(
         solved = torch.cholesky_solve(wanted.mT, root).mT
         target = torch.where(silent, weight, solved)
     dtype = torch.float64 if width <= 1024 else torch.float32
-    return RoundingProblem(target.to(dtype), metric.to(dtype))
+    zeros = weight == 0
+    return RoundingProblem(target.to(dtype), metric.to(dtype), zeros if bool(zeros.any()) else None)
 
 
 def nearest(prior: Tensor, problem: RoundingProblem, grid: Grid) -> Rounded:

@@ -26,10 +26,13 @@ from torch import Tensor, nn
 
 import gracile as gc
 from gracile.data import call_model, logits_of
+from gracile.environment import has_int8_dot_product
 from gracile.evaluate.parity import measure_parity
 from gracile.nn import QuantizedLayer
 from gracile.targets.base import Target
 
+#: 8-bit integers that kernels here add up exactly: weights of 7 bits where the processor adds products in 16.
+INTEGERS = gc.W8A8 if has_int8_dot_product() else gc.formats.W7A8
 FLOAT, INT4, INT8 = 1e-4, 1e-3, 0.1
 NETS_FILE = Path(__file__).resolve().parents[1] / "nets.py"
 TARGETS: dict[str, Target] = {"onnxruntime": gc.OnnxRuntime(threads=1), "openvino": gc.OpenVINO(threads=1)}
@@ -63,9 +66,9 @@ class Row:
 RECIPES = {
     "cut": Row((cut(),), FLOAT),
     "cut, sparse": Row((cut(), gc.Prune(0.5)), FLOAT),
-    "sparse, int8": Row((gc.Prune(0.5), gc.Quantize(gc.W8A8)), INT8, quantizes=True),
+    "sparse, int8": Row((gc.Prune(0.5), gc.Quantize(INTEGERS)), INT8, quantizes=True),
     "cut, int4": Row((cut(), gc.Quantize(gc.Int(4))), INT4, quantizes=True),
-    "cut, distil, int8": Row((cut(), gc.Distill(epochs=1), gc.Quantize(gc.W8A8)), INT8, quantizes=True),
+    "cut, distil, int8": Row((cut(), gc.Distill(epochs=1), gc.Quantize(INTEGERS)), INT8, quantizes=True),
 }
 
 
@@ -248,7 +251,7 @@ def test_an_int8_layer_behind_a_maximum_reads_the_right_values(target: str, tmp_
         pytest.skip(f"{target} is not installed")
     torch.manual_seed(0)
     net, example = MaxOverTime().eval(), torch.randn(3, 6, 9)
-    result = gc.compress(net, gc.Quantize(gc.W8A8), gc.Data(calibration=[example]))
+    result = gc.compress(net, gc.Quantize(INTEGERS), gc.Data(calibration=[example]))
     path = TARGETS[target].export(result.model, example, tmp_path / f"model{TARGETS[target].suffix}")
     with torch.no_grad():
         parity = measure_parity(result.model(example), TARGETS[target].run(path, example))
@@ -260,7 +263,7 @@ def test_a_loaded_model_is_compressed_further_and_read_back(tmp_path: Path):
     make("PlainConv", "cut").save(tmp_path / "first")
     loaded = gc.load(tmp_path / "first", nets.ZOO["PlainConv"]())
     data = gc.Data(calibration=batches_for(loaded))
-    further = gc.Recipe(cut(), gc.Quantize(gc.W8A8))
+    further = gc.Recipe(cut(), gc.Quantize(INTEGERS))
     result = gc.compress(loaded, further, data, run_dir=tmp_path / "run")
     again = gc.compress(loaded, further, data, run_dir=tmp_path / "run")  # all steps are done: taken from disk
     assert [r.title for r in again.report.steps] == [r.title for r in result.report.steps]

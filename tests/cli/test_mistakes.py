@@ -38,7 +38,7 @@ CASES = {
     "amount with N:M": (("compress", "shop:make_net", "--prune", "0.3", "--pattern", "2:4"), USAGE, "NM"),
     "fraction of one": (("compress", "shop:make_net", "--prune", "1"), USAGE, "below 1"),
     "negative fraction": (("compress", "shop:make_net", "--prune", "-0.1"), USAGE, "above 0"),
-    "unknown format": (("compress", "shop:make_net", "--quantize", "w3a3"), USAGE, "not a number format"),
+    "unknown format": (("compress", "shop:make_net", "--quantize", "w5a5"), USAGE, "not a number format"),
     "group of nothing": (
         ("compress", "shop:make_net", "--data", "shop:make_data", "--quantize", "w4a16:0"), USAGE, "0"),
     "static scales without data": (("compress", "shop:make_net", "--quantize", "w8a8"), FAILED, "data"),

@@ -101,6 +101,18 @@ def test_inputs_apart_from_each_other_are_rounded_to_nearest() -> None:
     assert torch.equal(found.weight, nearest(weight, problem, UniformGrid(4)).weight)
 
 
+@pytest.mark.parametrize("grid", [UniformGrid(3), UniformGrid(3, 8, symmetric=False)])
+def test_what_was_pruned_stays_zero_and_the_others_make_it_good(grid: UniformGrid) -> None:
+    weight, problem = layer(8, 6, 40)
+    zeros = torch.rand(6, 40, generator=torch.Generator().manual_seed(0)) < 0.5
+    pruned = weight.masked_fill(zeros, 0.0)
+    found = GPTQ()(pruned, RoundingProblem(weight, problem.metric, zeros), grid)
+    assert bool((found.weight[zeros] == 0).all()) and bool((found.weight[~zeros] != 0).any())
+    assert bool((found.loss <= found.nearest_loss).all()) and float(found.loss.sum()) < 0.8 * float(
+        problem.loss(pruned).sum()
+    )
+
+
 def test_groups_of_a_convolution_are_solved_each_by_itself() -> None:
     weight, problem = layer(7, 3, 9, groups=5)
     found = GPTQ()(weight, problem, UniformGrid(3))
