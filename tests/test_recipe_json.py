@@ -38,6 +38,7 @@ STEPS = [
     gc.Factorize(to=gc.Latency(0.5, target=gc.OnnxRuntime()), power=1, multiple_of=8, correct=False),
     gc.Quantize(gc.W8A8),
     gc.Quantize(gc.W4A8, solver=gc.solvers.GPTQ(order="given", beam=2, polish=1, rounds=2, damping=0.1, asymmetry=0.25, block=32)),  # noqa: E501
+    gc.Quantize(gc.W8A8, equalize=gc.equalize.CrossLayer(sweeps=5, tolerance=0.1)),
     gc.Quantize(to=gc.Bytes(0.2), options=(gc.W8A8, gc.W4A8, gc.Int(2))),
     gc.Quantize(gc.W8A16, ranges=gc.ranges.MinMax()),
     gc.Quantize(gc.W8A8, equalize=gc.equalize.SmoothQuant(alphas=(0.5, 0.7), minimum_gain=1.5)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gracile.equalize.cross_layer import CrossLayer
 from gracile.equalize.smooth_quant import SmoothQuant
 
-__all__ = ["SmoothQuant"]
+__all__ = ["CrossLayer", "SmoothQuant"]

@@ -13,6 +13,10 @@ from gracile.graph.values import Event
 State = tuple[int, int]
 #: Operators that pass values on unchanged.
 COPIES = frozenset({"clone", "contiguous", "_to_copy", "alias", "detach", "native_dropout", "dropout", "identity"})
+#: Operators that scale what they give by as much as what they are given, each channel by itself.
+HOMOGENEOUS = frozenset(
+    {"relu", "leaky_relu", "max_pool1d", "max_pool2d", "max_pool2d_with_indices", "avg_pool1d", "avg_pool2d"}
+) | frozenset({"adaptive_avg_pool2d", "_adaptive_avg_pool2d"})
 SUMS = frozenset({"add", "cat", "stack", "sub"})
 
 
@@ -75,6 +79,28 @@ class Flow:
             layer = producers.get(states[0])
             if layer is not None and {event.layer for event in self._external(states[0], layer)} == {norm}:
                 pairs.append((layer, norm))
+        return pairs
+
+    def homogeneous_pairs(self) -> list[tuple[str, str]]:
+        """(layer, layer) of convolutions or linear layers, the second alone reading what the first gives, with nothing
+        but copies and functions f(c · x) = c · f(x), c > 0, of each channel in between."""
+        readers = {
+            states[0]: name for name, states in self._inputs.items() if len(states) == 1 and name in self._products
+        }
+        pairs = []
+        for name in sorted(self._products, key=list(self._outputs).index):
+            states = self._outputs.get(name, [])
+            state = states[0] if len(states) == 1 else None
+            while state is not None and state not in self._returned:
+                # What autograd keeps for the backward pass is a copy that nothing reads.
+                found = self._external(state, name)
+                events = [e for e in found if e.op != "detach" or any(made in self._readers for made in e.makes)]
+                reader = readers.get(state)
+                if reader is not None and {event.layer for event in events} == {reader}:
+                    pairs.append((name, reader))
+                    break
+                passes = len(events) == 1 and events[0].layer is None and events[0].op in HOMOGENEOUS | COPIES
+                state = events[0].makes[0] if passes and events[0].makes else None
         return pairs
 
     def _external(self, state: State, layer: str) -> list[Event]:

@@ -78,6 +78,10 @@ class Trace:
         """(convolution or linear layer, batch norm) where the norm alone reads exactly that layer's output."""
         return self.flow.batch_norm_pairs()
 
+    def homogeneous_pairs(self) -> list[tuple[str, str]]:
+        """(layer, layer that alone reads it) with nothing between them that scaling a channel would change."""
+        return self.flow.homogeneous_pairs()
+
     def consumers(self, layer: str) -> tuple[str, ...]:
         """What reads the layer's output: "module:<name>" for a layer, else the operator's name ("add", "cat")."""
         return self.flow.consumers(layer)

@@ -22,7 +22,7 @@ class LayerRow:
     """What a step did to one layer; None where a number has no meaning for it.
 
     kind: its class, "Conv2d". action: "cut", "pruned", "factorized", "quantized", "trained", "folded", "swapped",
-        "removed", "kept" or "skipped".
+        "equalized", "removed", "kept" or "skipped".
     kept, of: channels, heads or neurons kept, of how many; of a factorized layer its rank, of the full one.
     sparsity: fraction of its weights that are zero. bits: of one stored weight code.
     error: relative error of the layer's output (or weight) after the step; of a block removed or kept, the divergence

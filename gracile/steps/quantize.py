@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from torch import Tensor, nn
 
 from gracile.context import Context
-from gracile.equalize import SmoothQuant
+from gracile.equalize import CrossLayer, SmoothQuant
 from gracile.errors import ConfigError, DataError, NothingChangedError
 from gracile.formats import Format, Scheme
 from gracile.goal import Bytes
@@ -19,7 +19,9 @@ from gracile.report.model import LayerRow, StepRecord
 from gracile.select import check_exclude
 from gracile.solvers import RoundingSolver
 from gracile.stats.collect import collect_activations, first_batch
+from gracile.stats.match import output_error, split_batches
 from gracile.steps.correct import copy_model, correct_statistics
+from gracile.steps.equalize_layers import equalize_layers
 from gracile.steps.fold import fold_batch_norms
 from gracile.steps.mixed_precision import choose_schemes
 from gracile.steps.quantize_layers import Encoder, layers_with_output_grids, quantizable
@@ -40,7 +42,8 @@ class Quantize(Step):
         the forward: solvers.GPTQ(). Needs calibration data. None: every weight goes to the nearest code.
     ranges: how scales are found from weights and from what calibration saw: MinMax(), Percentile(), MSE().
     equalize: SmoothQuant() moves outliers of a linear layer's input channels into its weight, where that lowers the
-        layer's output error; needs a scheme with an input format. None: nothing is moved.
+        layer's output error; needs a scheme with an input format. CrossLayer() shares scales out between layers that
+        follow each other, where that lowers the output error on held-out batches. None: nothing is moved.
     correct: bias correction afterwards, by the difference to the float model on the calibration batches; kept only if
         the output error on held-out batches falls.
     exclude: name patterns of layers that stay as they are.
@@ -54,7 +57,7 @@ class Quantize(Step):
     options: tuple[Scheme | Format, ...] = ()
     solver: RoundingSolver | None = None
     ranges: MinMax | Percentile | MSE = MSE()
-    equalize: SmoothQuant | None = None
+    equalize: SmoothQuant | CrossLayer | None = None
     correct: bool = True
     exclude: tuple[str, ...] = ()
 
@@ -62,9 +65,13 @@ class Quantize(Step):
         self._check_schemes()
         if not isinstance(self.ranges, (MinMax, Percentile, MSE)):
             raise ConfigError(f"Quantize(ranges={self.ranges!r}): expected MinMax(), Percentile() or MSE().")
-        if self.equalize is not None and not isinstance(self.equalize, SmoothQuant):
-            raise ConfigError(f"Quantize(equalize={self.equalize!r}): expected equalize.SmoothQuant() or None.")
-        if self.equalize is not None and (self.to is not None or not self._reads_inputs):
+        if self.equalize is not None and not isinstance(self.equalize, (SmoothQuant, CrossLayer)):
+            raise ConfigError(
+                f"Quantize(equalize={self.equalize!r}): expected equalize.SmoothQuant(), equalize.CrossLayer() or None."
+            )
+        if isinstance(self.equalize, CrossLayer) and self.to is not None:
+            raise ConfigError("Quantize(to=..., equalize=CrossLayer()): is judged by one scheme; leave out one.")
+        if isinstance(self.equalize, SmoothQuant) and (self.to is not None or not self._reads_inputs):
             raise ConfigError(
                 f"{self.title}, equalize=SmoothQuant(): needs one scheme with an input format; where inputs stay as "
                 f"they are, there is nothing to smooth.\n  Leave equalize out, or use W8A8."
@@ -123,6 +130,8 @@ class Quantize(Step):
             reason = "chooses formats by what they do to the outputs"
         elif self.solver is not None:
             reason = f"rounds by what {type(self.solver).__name__} measures"
+        elif isinstance(self.equalize, CrossLayer):
+            reason = "equalizes layers by what that does to the outputs"
         elif self._options[0].ends is not None:
             reason = "finds the first and the last layer by running the model"
         if reason is not None:
@@ -141,7 +150,9 @@ class Quantize(Step):
                 encoder.check(name, model.get_submodule(name), scheme)
         if self._reads_inputs:
             self._fold(model, layers, context, recorder)
-        # Folded too, since its layers' outputs are what biases are corrected to.
+        if isinstance(self.equalize, CrossLayer):
+            self._equalize(model, layers, context, recorder)
+        # Folded and equalized too, since its layers' outputs are what biases are corrected to.
         compares = self.correct or self.solver is not None or self.to is not None
         reference = copy_model(model) if compares and context.data.has_calibration else None
         if self._reads_inputs:
@@ -205,11 +216,36 @@ class Quantize(Step):
             recorder.edits.append(Swap(pair[1], "Identity"))
             recorder.layers.append(LayerRow(name=pair[1], kind="BatchNorm", action="folded", reason=f"into {pair[0]}"))
 
+    def _equalize(self, model: nn.Module, layers: list[str], context: Context, recorder: Recorder) -> None:
+        """Cross-layer equalization in place, if the quantized model is nearer to the original with it than without."""
+        assert isinstance(self.equalize, CrossLayer)
+        equalized = copy_model(model)
+        changed = equalize_layers(equalized, layers, _traced(model, context), self.equalize)
+        if not changed:
+            recorder.notes.append("CrossLayer: no two layers follow each other with only ReLU or pooling between them.")
+            return
+        plain = replace(self, equalize=None, solver=None, correct=False)
+        held_out = split_batches(context.data)[1]
+        errors = []
+        for net in (model, equalized):
+            trial = copy_model(net)
+            plain(trial, context)
+            errors.append(output_error(trial, model, context.data, held_out))
+        kept = errors[1] < errors[0]
+        if kept:
+            model.load_state_dict(equalized.state_dict())
+            kinds = {name: type(model.get_submodule(name)).__name__ for name in changed}
+            recorder.layers.extend(LayerRow(name=n, kind=kind, action="equalized") for n, kind in kinds.items())
+        recorder.notes.append(
+            f"CrossLayer equalization of {len(set(changed))} layers {'was kept' if kept else 'was taken back'}: output "
+            f"error on held-out batches {errors[1]:.3g} with it, {errors[0]:.3g} without."
+        )
+
     def _measure(self, model: nn.Module, layers: list[str], context: Context, recorder: Recorder) -> Encoder:
         """The histograms of inputs and outputs, and what smooths them."""
         outputs = layers_with_output_grids(model, layers, _traced(model, context))
         smoothing: dict[str, Tensor] = {}
-        if self.equalize is not None:
+        if isinstance(self.equalize, SmoothQuant):
             smoothing = smooth(model, layers, self.equalize, self._options[0], self.ranges, context, recorder)
         stats = collect_activations(
             model,
