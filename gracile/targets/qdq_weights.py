@@ -53,6 +53,8 @@ def _write_integers(rewriter: Rewriter, node: ir.Node, fmt: Int, tensors: dict[s
     if not _reads_integers(out):
         _gemm_to_matmul(rewriter, out)
     elif isinstance(fmt.granularity, PerGroup):
+        # ONNX Runtime 1.32 puts the constant weight of a Gemm on an int8 grid of its own.
+        _gemm_to_matmul(rewriter, out)
         rewriter.replace(out, _multiplied_groups(rewriter, node, fmt, tensors, stem))
         return
     if _only_transposed(out):

@@ -168,7 +168,7 @@ class Tied(Lookup):
         (Int(4, PerGroup(16)), 6),
         (Int(3, PerGroup(16), symmetric=False), 8),
         (Int(4, PerGroup(20)), 7),
-        (Int(4, PerGroup(5), symmetric=False), 20),
+        (Int(4, PerGroup(5), symmetric=False), 21),
         (FixedPoint(128), 32),
     ],
     ids=str,
