@@ -46,10 +46,7 @@ def nearest_plane(problem: RoundingProblem, grid: Grid, block: int, beam: int, g
     target = problem.target.mT.contiguous()  # [..., d, out]
     width = target.shape[-2]
     factor = torch.linalg.cholesky(problem.metric.flip(-1, -2))
-    pivots = factor.diagonal(dim1=-2, dim2=-1)
-    # Upper triangular, with a diagonal of ones: what an error in column k shifts the minimum of column j by.
-    passed = (factor / pivots.unsqueeze(-2)).flip(-1, -2).contiguous()
-    search = _Search(target, grid, problem.metric.diagonal(dim1=-2, dim2=-1), passed, pivots.flip(-1).square(), beam)
+    search = _Search(target, grid, problem.metric.diagonal(dim1=-2, dim2=-1), factor, beam)
     search.given, search.zeros = given, problem.zeros
     if grid.group is None:
         search.set_scale(problem.target, 0, width)
@@ -61,11 +58,11 @@ def nearest_plane(problem: RoundingProblem, grid: Grid, block: int, beam: int, g
 class _Search:
     """The roundings that go on, along the first axis: units and errors [beam, ..., d, out], losses [beam, ..., out]."""
 
-    def __init__(
-        self, target: Tensor, grid: Grid, importance: Tensor, passed: Tensor, weights: Tensor, beam: int
-    ) -> None:
-        self.target, self.grid, self.importance, self.passed, self.weights = target, grid, importance, passed, weights
+    def __init__(self, target: Tensor, grid: Grid, importance: Tensor, factor: Tensor, beam: int) -> None:
+        self.target, self.grid, self.importance, self.factor = target, grid, importance, factor
         self.beam, self.group = beam, grid.group or target.shape[-2]
+        self.pivots = factor.diagonal(dim1=-2, dim2=-1).flip(-1)
+        self.weights = self.pivots.square()
         self.units, self.errors = (target.new_zeros(beam, *target.shape) for _ in range(2))
         self.loss = target.new_full((beam, *target.shape[:-2], target.shape[-1]), float("inf"))
         self.loss[0] = 0
@@ -86,8 +83,9 @@ class _Search:
 
     def go_through(self, start: int, stop: int) -> None:
         """Round the columns of one block."""
-        before = self.passed[..., :start, start:stop].mT @ self.errors[..., :start, :]
-        present = self.target[..., start:stop, :] - before
+        passed = self._passed(start, stop)
+        present = self.target[..., start:stop, :] - passed[..., :start, :].mT @ self.errors[..., :start, :]
+        inside = passed[..., start:, :]
         chosen: list[tuple[Tensor, Tensor | None]] = []
         known = len(self.scales)
         for j in range(start, stop):
@@ -101,9 +99,14 @@ class _Search:
                 present[..., i + 1 :, :] = _of(present[..., i + 1 :, :], parent)
             # The minimum moves by the whole error of column j, of which the compensation so far is a part.
             error = unit * self.scales[-1] - self.target[..., j, :]
-            passed = self.passed[..., j, j + 1 : stop].unsqueeze(-1)
-            present[..., i + 1 :, :].addcmul_(passed, error.unsqueeze(-2), value=-1)
+            present[..., i + 1 :, :].addcmul_(inside[..., i, i + 1 :].unsqueeze(-1), error.unsqueeze(-2), value=-1)
         self._trace_back(chosen, start, known)
+
+    def _passed(self, start: int, stop: int) -> Tensor:
+        """[..., stop, columns of the block]: what an error in column k shifts the minimum of column j by; 1 if k = j."""
+        width = self.factor.shape[-1]
+        part = self.factor[..., width - stop :, width - stop : width - start].flip(-1, -2)
+        return part / self.pivots[..., None, start:stop]
 
     def _choose(self, centre: Tensor, column: int) -> tuple[Tensor, Tensor | None]:
         """Units [beam, ..., out] of the roundings that go on, and which of those so far each continues."""
@@ -128,14 +131,14 @@ class _Search:
     def _trace_back(self, chosen: list[tuple[Tensor, Tensor | None]], start: int, known: int) -> None:
         """Put what the roundings that are left chose in this block, and before it, in their places."""
         place: Tensor | None = None  # which of the roundings of that time each of those left goes back to
+        units: list[Tensor] = []
         for j in reversed(range(start, start + len(chosen))):
             unit, parent = chosen[j - start]
             group = j // self.group
             if place is not None and (j + 1) % self.group == 0 and group >= known:
                 for values in (self.scales, self.zero_points):
                     values[group] = values[group].gather(0, place)
-            unit = unit if place is None else unit.gather(0, place)
-            self.units[..., j, :] = unit
+            units.append(unit if place is None else unit.gather(0, place))
             if parent is not None:
                 place = parent if place is None else parent.gather(0, place)
         if place is not None and start:
@@ -143,9 +146,14 @@ class _Search:
             self.errors[..., :start, :] = _of(self.errors[..., :start, :], place)
             for values in (self.scales, self.zero_points):
                 values[:known] = [value.gather(0, place) for value in values[:known]]
-        for j in range(start, start + len(chosen)):
-            scale = self.scales[j // self.group]
-            self.errors[..., j, :] = self.units[..., j, :] * scale - self.target[..., j, :]
+        stop = start + len(chosen)
+        block = torch.stack(units[::-1], -2)
+        groups = torch.arange(start, stop) // self.group
+        scale = torch.stack(self.scales[int(groups[0]) :], -2)
+        if self.group < self.target.shape[-2]:
+            scale = scale.index_select(-2, (groups - groups[0]).to(scale.device))
+        self.units[..., start:stop, :] = block
+        self.errors[..., start:stop, :] = block * scale - self.target[..., start:stop, :]
 
     def best(self) -> Columns:
         """The rounding of least loss of each row."""

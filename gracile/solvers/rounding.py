@@ -11,6 +11,9 @@ from torch import Tensor
 from gracile.errors import DataError
 from gracile.solvers.base import Moments
 
+#: Columns of a layer whose loss is summed at a time.
+_BLOCK = 512
+
 
 class Grid(ABC):
     """Which numbers a weight may take: scale · u, u one of the units that the zero point of its group allows.
@@ -54,7 +57,14 @@ class RoundingProblem:
     def loss(self, weight: Tensor) -> Tensor:
         """(Q − V) M (Q − V)ᵀ of each row, [..., out]."""
         error = weight - self.target
-        return ((error @ self.metric) * error).sum(-1)
+        width = error.shape[-1]
+        total = error.new_zeros(error.shape[:-1])
+        for start in range(0, width, _BLOCK):  # the metric is symmetric: half of it tells all
+            stop = min(start + _BLOCK, width)
+            part, rows = error[..., start:stop], self.metric[..., start:stop, :]
+            product = part @ rows[..., start:stop] + 2 * (error[..., stop:] @ rows[..., stop:].mT)
+            total += (product * part).sum(-1)
+        return total
 
 
 @dataclass(frozen=True)
