@@ -95,6 +95,10 @@ def column_order(metric: Tensor, group: int) -> Tensor:
 def _permuted(problem: RoundingProblem, order: Tensor | None) -> RoundingProblem:
     if order is None:
         return problem
+    if order.ndim == 1:
+        zeros = None if problem.zeros is None else problem.zeros[:, order]
+        metric = problem.metric.index_select(0, order).index_select(1, order)
+        return RoundingProblem(problem.target[:, order], metric, zeros)
     columns = order.unsqueeze(-2).expand_as(problem.target)
     target = problem.target.gather(-1, columns)
     zeros = None if problem.zeros is None else problem.zeros.gather(-1, columns)

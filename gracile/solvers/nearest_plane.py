@@ -103,7 +103,7 @@ class _Search:
         self._trace_back(chosen, start, known)
 
     def _passed(self, start: int, stop: int) -> Tensor:
-        """[..., stop, columns of the block]: what an error in column k shifts the minimum of column j by; 1 if k = j."""
+        """[..., stop, columns of the block]: what an error in column k shifts the minimum of column j by."""
         width = self.factor.shape[-1]
         part = self.factor[..., width - stop :, width - stop : width - start].flip(-1, -2)
         return part / self.pivots[..., None, start:stop]

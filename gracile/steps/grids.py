@@ -30,7 +30,10 @@ class IntGrid(Grid):
         )
 
     def units(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        return torch.clamp(torch.round(weight / scale), self.fmt.qmin - zero, self.fmt.qmax - zero)
+        units = torch.div(weight, scale).round_()
+        if self.fmt.symmetric:
+            return units.clamp_(self.fmt.qmin, self.fmt.qmax)
+        return units.clamp_(self.fmt.qmin - zero, self.fmt.qmax - zero)
 
     def second(self, weight: Tensor, scale: Tensor, zero: Tensor, unit: Tensor) -> Tensor:
         other = unit + torch.sign(weight / scale - unit)
