@@ -11,10 +11,13 @@ import torch
 from torch import nn
 
 from gracile.data import Batch, Data, batch_size, call_model
+from gracile.environment import has_int8_dot_product
 from gracile.errors import ModelError, TargetError
 from gracile.evaluate.latency import Latency, measure_latency
 from gracile.evaluate.parity import Parity, measure_parity
+from gracile.formats import Int
 from gracile.modes import eval_mode
+from gracile.nn import QuantizedLayer
 from gracile.targets.base import Target
 
 logger = logging.getLogger(__name__)
@@ -26,7 +29,7 @@ class ExportEvidence:
 
     path: the file. size_bytes: of it and the files beside it that hold its weights. parity: of the target's outputs on
     the example with PyTorch's. latency: of the example batch, by name: "pytorch" and the target, interleaved; `ratio`
-    is how many times faster than PyTorch.
+    is how many times faster than PyTorch. notes: what to know of these figures.
     """
 
     path: Path
@@ -34,6 +37,7 @@ class ExportEvidence:
     size_bytes: int
     parity: Parity
     latency: dict[str, Latency]
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -43,6 +47,7 @@ class ExportEvidence:
             "size_bytes": self.size_bytes,
             "parity": self.parity.to_json(),
             "latency": {name: latency.to_json() for name, latency in self.latency.items()},
+            "notes": list(self.notes),
         }
 
 
@@ -84,4 +89,24 @@ def export(
     logger.info("%s: %s, %.3g of %.3g off at most", target.name, written, parity.max_error, parity.scale)
     beside = written.with_name(f"{written.name}.data")
     size = sum(file.stat().st_size for file in (written, beside) if file.exists())
-    return ExportEvidence(path=written, target=target.name, size_bytes=size, parity=parity, latency=latency)
+    return ExportEvidence(
+        path=written, target=target.name, size_bytes=size, parity=parity, latency=latency, notes=_notes(model)
+    )
+
+
+def _notes(model: nn.Module) -> tuple[str, ...]:
+    """What 8-bit weights meet on a processor whose kernels add two products in 16 bits."""
+    overflowing = [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, QuantizedLayer)
+        and layer.input_format is not None
+        and isinstance(layer.weight_format, Int)
+        and (layer.weight_format.bits, layer.weight_format.symmetric) == (8, True)
+    ]
+    if not overflowing or has_int8_dot_product():
+        return ()
+    return (
+        f"{len(overflowing)} layers have 8-bit weights beside 8-bit inputs. This processor has no VNNI: its kernels "
+        f"add two products in 16 bits, which such weights overflow. Quantize with gracile.formats.W7A8 for it.",
+    )

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from gracile.compress import compress
 from gracile.data import Data
 from gracile.errors import GracileError, ModelError, TargetError
 from gracile.export import export
+from gracile.formats import W7A8, W8A8
+from gracile.steps import Quantize
 from gracile.targets import OnnxRuntime, PyTorch
 
 pytest.importorskip("onnxruntime")
@@ -58,3 +62,17 @@ def test_mistakes_are_named_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(GracileError):
         export(nn.Linear(4, 2), OnnxRuntime(), tmp_path / "m.onnx", torch.randn(3, 5))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dot_product", [True, False])
+def test_weights_that_overflow_here_are_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dot_product: bool
+) -> None:
+    monkeypatch.setattr(sys.modules[export.__module__], "has_int8_dot_product", lambda: dot_product)
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 3)).eval(), torch.randn(8, 16)
+    for scheme, told in ((W8A8, not dot_product), (W7A8, False)):
+        small = compress(model, Quantize(scheme), Data(calibration=[x])).model
+        found = export(small, PyTorch(), tmp_path / f"{scheme.name}.pt", x, seconds=0.1)
+        assert [("2 layers" in note and "W7A8" in note) for note in found.notes] == [True] * told
+        assert found.to_json()["notes"] == list(found.notes)

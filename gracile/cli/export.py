@@ -63,4 +63,6 @@ def _view(evidence: dict[str, Any]) -> Any:
             f"Latency in {name}", f"{found['p50_ms']:.3f} ms median, {found['p95_ms']:.3f} ms 95th percentile"
         )
     table.add_row("Faster than PyTorch", f"{here['ratio']:.2f}× ({here['ratio_low']:.2f} to {here['ratio_high']:.2f})")
+    for note in evidence.get("notes", ()):
+        table.add_row("Note", note)
     return table
