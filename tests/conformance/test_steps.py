@@ -63,6 +63,9 @@ class Member:
     quantizes_inputs: bool = False
 
 
+#: A sweep or two, as the time of all these tests counts.
+QUICK = gc.solvers.GPTQ(beam=2, polish=1, rounds=1)
+
 MEMBERS = [
     Member(gc.Prune(0.4)),
     Member(gc.Prune(below=0.05, correct=False)),
@@ -75,8 +78,8 @@ MEMBERS = [
     Member(gc.Factorize(0.3), keeps_shapes=False),
     Member(gc.Factorize(to=gc.MACs(0.7), correct=False), keeps_shapes=False),
     Member(gc.Quantize(gc.W8A8), keeps_floats=False, quantizes_inputs=True),
-    Member(gc.Quantize(gc.W4A4, solver=gc.solvers.GPTQ()), keeps_floats=False, quantizes_inputs=True),
-    Member(gc.Quantize(gc.W4A16(group=8), solver=gc.solvers.GPTQ()), keeps_floats=False),
+    Member(gc.Quantize(gc.W4A4, solver=QUICK), keeps_floats=False, quantizes_inputs=True),
+    Member(gc.Quantize(gc.W4A16(group=8), solver=QUICK), keeps_floats=False),
     Member(gc.Quantize(to=gc.Bytes(0.6), options=(gc.Int(8), gc.Int(4))), keeps_floats=False),
     Member(gc.Quantize(gc.W8A16, ranges=gc.ranges.MinMax()), keeps_floats=False),
     Member(gc.Quantize(gc.Int(4)), keeps_floats=False),
