@@ -16,7 +16,8 @@ COPIES = frozenset({"clone", "contiguous", "_to_copy", "alias", "detach", "nativ
 #: Operators that scale what they give by as much as what they are given, each channel by itself.
 HOMOGENEOUS = frozenset(
     {"relu", "leaky_relu", "max_pool1d", "max_pool2d", "max_pool2d_with_indices", "avg_pool1d", "avg_pool2d"}
-) | frozenset({"adaptive_avg_pool2d", "_adaptive_avg_pool2d"})
+    | {"adaptive_avg_pool2d", "_adaptive_avg_pool2d"}
+)
 SUMS = frozenset({"add", "cat", "stack", "sub"})
 
 

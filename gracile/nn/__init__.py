@@ -77,5 +77,5 @@ def quantize_layer(old: nn.Module, tensors: dict[str, Tensor], config: dict[str,
         layer._buffers["input_multiplier"] = tensors["input_multiplier"].detach().float()
     if "bias" in tensors:
         assert layer.bias is not None, "config needs {'bias': true}"
-        layer.bias.data = tensors["bias"].detach().to(layer.bias)
+        layer.bias.data = tensors["bias"].detach().to(layer.bias).clone()  # its own: the old layer may live on
     return layer.train(old.training)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ class GPTQ(RoundingSolver):
             found = Rounded(weight, state.scale.mT, state.zero.mT, problem.loss(weight), baseline.loss)
             best = better_rows(found, best)
             given = state if order is None else state.in_order(order)
-        return replace(best, nearest_loss=baseline.loss)
+        return best
 
 
 def column_order(metric: Tensor, group: int) -> Tensor:
@@ -95,7 +95,7 @@ def column_order(metric: Tensor, group: int) -> Tensor:
 def _permuted(problem: RoundingProblem, order: Tensor | None) -> RoundingProblem:
     if order is None:
         return problem
-    if order.ndim == 1:
+    if order.ndim == 1:  # whole rows and columns of a large metric are copied far faster than they are gathered
         zeros = None if problem.zeros is None else problem.zeros[:, order]
         metric = problem.metric.index_select(0, order).index_select(1, order)
         return RoundingProblem(problem.target[:, order], metric, zeros)

@@ -43,11 +43,7 @@ def nearest_plane(problem: RoundingProblem, grid: Grid, block: int, beam: int, g
     together, whole groups; it changes nothing but the time. given: whose scales and zero points are taken; None: those
     that fit the weights, compensated for the errors of the groups before.
     """
-    target = problem.target.mT.contiguous()  # [..., d, out]
-    width = target.shape[-2]
-    factor = torch.linalg.cholesky(problem.metric.flip(-1, -2))
-    search = _Search(target, grid, problem.metric.diagonal(dim1=-2, dim2=-1), factor, beam)
-    search.given, search.zeros = given, problem.zeros
+    search, width = _Search(problem, grid, beam, given), problem.target.shape[-1]
     if grid.group is None:
         search.set_scale(problem.target, 0, width)
     for start in range(0, width, block):
@@ -58,18 +54,19 @@ def nearest_plane(problem: RoundingProblem, grid: Grid, block: int, beam: int, g
 class _Search:
     """The roundings that go on, along the first axis: units and errors [beam, ..., d, out], losses [beam, ..., out]."""
 
-    def __init__(self, target: Tensor, grid: Grid, importance: Tensor, factor: Tensor, beam: int) -> None:
-        self.target, self.grid, self.importance, self.factor = target, grid, importance, factor
-        self.beam, self.group = beam, grid.group or target.shape[-2]
-        self.pivots = factor.diagonal(dim1=-2, dim2=-1).flip(-1)
+    def __init__(self, problem: RoundingProblem, grid: Grid, beam: int, given: Columns | None) -> None:
+        self.grid, self.beam, self.given, self.zeros = grid, beam, given, problem.zeros
+        self.target = target = problem.target.mT.contiguous()  # [..., d, out]
+        self.group = grid.group or target.shape[-2]
+        self.importance = problem.metric.diagonal(dim1=-2, dim2=-1)
+        self.factor = torch.linalg.cholesky(problem.metric.flip(-1, -2))
+        self.pivots = self.factor.diagonal(dim1=-2, dim2=-1).flip(-1)
         self.weights = self.pivots.square()
         self.units, self.errors = (target.new_zeros(beam, *target.shape) for _ in range(2))
         self.loss = target.new_full((beam, *target.shape[:-2], target.shape[-1]), float("inf"))
         self.loss[0] = 0
         self.scales: list[Tensor] = []
         self.zero_points: list[Tensor] = []
-        self.given: Columns | None = None
-        self.zeros: Tensor | None = None
 
     def set_scale(self, weight: Tensor, start: int, stop: int) -> None:
         """Fit the scales of a group to these weights, [(beam,) ..., out, n]."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from gracile.data import Batch, Data
+from gracile.data import Batch, Data, logits_of
 from gracile.stats.sums import read_inputs
 
 #: What outputs of all batches may take together; a model that needs more is run from its start each time.
@@ -46,6 +46,11 @@ class Replay:
         finally:  # a forward may be stopped behind the layer
             everything = held | found
             self._held[index] = {name: everything[name] for name in self._wanted if name in everything}
+
+    @torch.no_grad()
+    def outputs(self) -> list[Tensor]:
+        """The model's main output on each batch."""
+        return [logits_of(self.run(i)) for i in range(len(self.batches))]
 
     def seek(self, layer: str) -> None:
         """Let forwards start at this layer. The model has to be in eval mode."""

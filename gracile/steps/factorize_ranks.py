@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from gracile.context import Context
-from gracile.data import logits_of
 from gracile.errors import ConfigError
 from gracile.evaluate.size import state_bytes
 from gracile.goal import Budget, Bytes, MACs, Parameters
@@ -104,7 +103,7 @@ def measure_losses(
             for rank in not_dominated(errors, {rank: saved(candidate, rank) for rank in tried}):
                 undo = _put(trial, name, found[rank.spatial].factors(rank.value), repair.norms)
                 with torch.no_grad():
-                    loss = divergence([logits_of(replay.run(i)) for i in range(len(batches))], references)
+                    loss = divergence(replay.outputs(), references)
                     for tensor, value in undo:
                         tensor.copy_(value)
                 if math.isfinite(loss):

@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 
-from gracile.formats import Format, Int, Levels, PerGroup, PerTensor
+from gracile.formats import Format, Granularity, Int, Levels, PerGroup, PerTensor
 from gracile.formats.integer import SMALLEST_SCALE
 from gracile.ranges.base import Range
 from gracile.solvers import Grid
 
 
-class IntGrid(Grid):
+class _FormatGrid(Grid):
+    """Which weights share a scale, by a format's granularity."""
+
+    def __init__(self, granularity: Granularity) -> None:
+        self.group = granularity.size if isinstance(granularity, PerGroup) else None
+        self.shared = isinstance(granularity, PerTensor)
+
+    def fit(self, weight: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+        shape = weight.shape[:-1]
+        one = (1, -1) if self.shared else (-1, weight.shape[-1])
+        counts = importance.unsqueeze(-2).expand_as(weight).reshape(one)
+        # In float32, which is what is stored: a solver then rounds to the very grid that the layer will have.
+        scale, zero = (t.float().to(weight) for t in self._fit_rows(weight.reshape(one), counts))
+        return scale.expand(shape.numel()).reshape(shape), zero.expand(shape.numel()).reshape(shape)
+
+    @abstractmethod
+    def _fit_rows(self, rows: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point [k] of rows [k, n] that have one each."""
+
+
+class IntGrid(_FormatGrid):
     """scale · (q − zero point), q in [qmin, qmax]: one scale per row, group of columns or tensor, found by a range."""
 
     def __init__(self, fmt: Int, ranges: Range) -> None:
+        super().__init__(fmt.granularity)
         self.fmt, self.ranges = fmt, ranges
-        self.group = fmt.granularity.size if isinstance(fmt.granularity, PerGroup) else None
-        self.shared = isinstance(fmt.granularity, PerTensor)
 
-    def fit(self, weight: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-        counts = importance.unsqueeze(-2).expand_as(weight)
-        one = (1, -1) if self.shared else (-1, weight.shape[-1])
-        # Found in float32, which is what is stored: a solver then rounds to the very grid that the layer will have.
-        scale, zero = self.ranges.rows(weight.reshape(one).float(), self.fmt, counts.reshape(one).float())
-        shape = weight.shape[:-1]
-        return scale.expand(shape.numel()).reshape(shape).to(weight), zero.expand(shape.numel()).reshape(shape).to(
-            weight
-        )
+    def _fit_rows(self, rows: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+        return self.ranges.rows(rows.float(), self.fmt, importance.float())
 
     def units(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         units = torch.div(weight, scale).round_()
@@ -40,29 +54,25 @@ class IntGrid(Grid):
         return torch.clamp(other, self.fmt.qmin - zero, self.fmt.qmax - zero)
 
 
-class LevelGrid(Grid):
+class LevelGrid(_FormatGrid):
     """scale · level of a fixed table: a scale per row, group of columns or tensor, of least weighted squared error."""
 
     #: Scales tried, as shares of the one that puts the largest weight on the largest level.
     SHARES = tuple(i / 64 for i in range(64, 15, -1))
 
     def __init__(self, fmt: Levels) -> None:
+        super().__init__(fmt.granularity)
         self.table = torch.tensor(sorted(set(fmt.levels)), dtype=torch.float64)
-        self.group = fmt.granularity.size if isinstance(fmt.granularity, PerGroup) else None
-        self.shared = isinstance(fmt.granularity, PerTensor)
 
-    def fit(self, weight: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-        rows = weight.reshape((1, -1) if self.shared else (-1, weight.shape[-1]))
-        counts = importance.unsqueeze(-2).expand_as(weight).reshape(rows.shape)
+    def _fit_rows(self, rows: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
         full = (rows.abs().amax(1) / float(self.table.abs().max())).clamp(min=SMALLEST_SCALE)
         best, least = full, torch.full_like(full, float("inf"))
         for share in self.SHARES:
             scale = full * share
             column = scale.unsqueeze(1)
-            error = ((self.units(rows, column, column) * column - rows).square() * counts).sum(1)
+            error = ((self.units(rows, column, column) * column - rows).square() * importance).sum(1)
             best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-        scale = best.float().expand(weight.shape[:-1].numel()).reshape(weight.shape[:-1]).to(weight)
-        return scale, torch.zeros_like(scale)
+        return best, torch.zeros_like(best)
 
     def units(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         table = self.table.to(weight)

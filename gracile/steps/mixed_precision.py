@@ -9,22 +9,21 @@ import torch
 from torch import nn
 
 from gracile.context import Context
-from gracile.data import logits_of
 from gracile.errors import ConfigError, DataError
 from gracile.evaluate.size import state_bytes
 from gracile.formats import Scheme
 from gracile.goal import Bytes
-from gracile.graph import trace
+from gracile.graph import Trace
 from gracile.knapsack import choose_options
 from gracile.modes import eval_mode
 from gracile.recipe import Recorder
 from gracile.solvers import RoundingSolver
-from gracile.stats.collect import first_batch
 from gracile.stats.match import divergence
 from gracile.stats.moments import CannotRefitError, LayerMoments
 from gracile.stats.replay import Replay
 from gracile.steps.blocks import put_module
 from gracile.steps.correct import copy_model
+from gracile.steps.grids import grid_of
 from gracile.steps.quantize_layers import Encoder, format_for
 from gracile.steps.round_layers import round_layer, solvable
 from gracile.steps.sequence import targets_of
@@ -36,7 +35,7 @@ EXAMPLES = 256
 
 def choose_schemes(
     model: nn.Module,
-    reference: nn.Module,
+    traced: Trace,
     options: Mapping[str, Sequence[Scheme]],
     budget: Bytes,
     encoder: Encoder,
@@ -50,22 +49,21 @@ def choose_schemes(
     by the solver where there is one, measured on calibration batches. Bytes are those of the model's tensors as stored.
     Raises ConfigError where no choice fits, with the least that can be reached.
 
-    model: the float model, which is left as it is. reference: the same model once more.
+    model: the float model, which is left as it is. traced: of it.
     """
-    losses = _measure(reference, options, encoder, solver, context)
-    whole = state_bytes(model)
-    limit = budget.limit(state_bytes(context.original))
+    whole, original = state_bytes(model), state_bytes(context.original)
+    limit = budget.limit(original)
     saved = {
-        name: [_bytes_saved(model.get_submodule(name), scheme) for scheme in schemes]
+        name: [_bytes_saved(name, model.get_submodule(name), scheme, encoder) for scheme in schemes]
         for name, schemes in options.items()
     }
     least = whole - sum(max(each) for each in saved.values())
     if least > limit:
-        original = state_bytes(context.original)
         raise ConfigError(
             f"Quantize(to={budget}): cannot be met; the nearest that these options reach is {least:g} of {original:g} "
             f"bytes ({least / original:.3f}).\n  Ask for at least that, or add an option of fewer bits."
         )
+    losses = _measure(model, traced, options, encoder, solver, context)
     items = [list(zip(losses[name], saved[name], strict=True)) for name in options]
     chosen = choose_options(items, whole - limit)
     recorder.numbers["predicted_loss"] = sum(item[i][0] for item, i in zip(items, chosen))
@@ -79,7 +77,8 @@ def choose_schemes(
 
 
 def _measure(
-    reference: nn.Module,
+    model: nn.Module,
+    traced: Trace,
     options: Mapping[str, Sequence[Scheme]],
     encoder: Encoder,
     solver: RoundingSolver | None,
@@ -87,45 +86,43 @@ def _measure(
 ) -> dict[str, list[float]]:
     """Layer -> the divergence of the outputs by each of its schemes, all other layers as they are."""
     batches = some_batches(context.data, EXAMPLES)
-    trial = copy_model(reference).eval()
+    trial = copy_model(model).eval()
     expected = outputs_of(trial, context.data, batches)
-    batch = first_batch(context.data)
-    traced = trace(reference, lambda net: context.data.forward(net, batch))
     place = {layer.name: i for i, layer in enumerate(traced.layers)}
     order = sorted(options, key=lambda name: place.get(name, len(place)))
-    solved = solvable(reference, traced, order) if solver is not None else {}
+    solved = solvable(model, traced, order) if solver is not None else {}
     names = [name for name in order if solved.get(name, "") is None]
-    moments = LayerMoments(trial, targets_of(reference, traced, names, context), norms=dict(traced.batch_norm_pairs()))
+    moments = LayerMoments(trial, targets_of(model, traced, names, context), norms=dict(traced.batch_norm_pairs()))
     replay = Replay(trial, context.data, batches)
     losses: dict[str, list[float]] = {}
-    with eval_mode(reference):
+    with eval_mode(model):
         for done, name in enumerate(order):
             old = trial.get_submodule(name)
             losses[name] = []
             for scheme in options[name]:
                 layer, _ = encoder.build(name, old, scheme, encoder.encode(name, old, scheme))
                 put_module(trial, name, layer.eval())
-                if solver is not None and name in names:
+                if solver is not None and name in names and grid_of(layer.weight_format, encoder.ranges) is not None:
                     try:
                         round_layer(moments, name, encoder.weight(name, old), solver, encoder.ranges)
                     except CannotRefitError:
                         names.remove(name)
                 replay.seek(name)
-                with torch.no_grad():
-                    outputs = [logits_of(replay.run(i)) for i in range(len(batches))]
-                losses[name].append(divergence(outputs, expected))
+                losses[name].append(divergence(replay.outputs(), expected))
                 if not math.isfinite(losses[name][-1]):
                     raise DataError(f"Quantize: the outputs are NaN or infinite with '{name}' in {scheme.name}.")
             put_module(trial, name, old)
             if name in moments.norms:  # which may have taken up what a layer without a bias could not
                 norm = trial.get_submodule(moments.norms[name])
-                norm.load_state_dict(reference.get_submodule(moments.norms[name]).state_dict())
+                norm.load_state_dict(model.get_submodule(moments.norms[name]).state_dict())
             context.progress("sensitivity", done + 1, len(order))
     return losses
 
 
-def _bytes_saved(layer: nn.Module, scheme: Scheme) -> float:
-    """Bytes of the layer's float weight less those of its codes, scales and the grid of its input."""
+def _bytes_saved(name: str, layer: nn.Module, scheme: Scheme, encoder: Encoder) -> float:
+    """Bytes of the layer's float weight less those of its codes, its scales and the grids of its input and output."""
     weight: torch.Tensor = layer.weight  # type: ignore[assignment]
-    grid = 8 if scheme.input is not None else 0
-    return weight.nbytes - format_for(layer, scheme.weight).size_bytes(weight.shape) - grid
+    stats, grids = encoder.stats.get(name), 0
+    if stats is not None and scheme.input is not None:
+        grids = (stats.input is not None) + (name in encoder.outputs and stats.output is not None)
+    return weight.nbytes - format_for(layer, scheme.weight).size_bytes(weight.shape) - 8 * grids

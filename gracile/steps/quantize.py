@@ -150,26 +150,28 @@ class Quantize(Step):
                 encoder.check(name, model.get_submodule(name), scheme)
         if self._reads_inputs:
             self._fold(model, layers, context, recorder)
-        if isinstance(self.equalize, CrossLayer):
-            self._equalize(model, layers, context, recorder)
+        looks = self._reads_inputs or self.solver is not None or self.to is not None or self.equalize is not None
+        traced = _traced(model, context) if looks else None
+        if isinstance(self.equalize, CrossLayer) and traced is not None:
+            self._equalize(model, layers, traced, context, recorder)
         # Folded and equalized too, since its layers' outputs are what biases are corrected to.
-        compares = self.correct or self.solver is not None or self.to is not None
+        compares = self.correct or self.solver is not None
         reference = copy_model(model) if compares and context.data.has_calibration else None
-        if self._reads_inputs:
-            encoder = self._measure(model, layers, context, recorder)
+        if self._reads_inputs and traced is not None:
+            encoder = self._measure(model, layers, traced, context, recorder)
             for name in [name for name in layers if name not in encoder.stats]:
                 recorder.skip(name, type(model.get_submodule(name)).__name__, "never called on the calibration batches")
                 layers.remove(name)
-        chosen = {name: found[0] for name, found in schemes.items()}
-        if self.to is not None and reference is not None:
-            options = {name: schemes[name] for name in layers}
-            chosen = choose_schemes(model, reference, options, self.to, encoder, self.solver, context, recorder)
-        for name in layers:
-            encoder.swap(model, name, chosen[name], recorder)
         if not layers:
             raise NothingChangedError("Quantize: no layer was quantized.\n  The report's skipped rows say why.")
-        if reference is not None and self.solver is not None:
-            self._round(model, reference, layers, encoder, context, recorder)
+        chosen = {name: found[0] for name, found in schemes.items()}
+        if self.to is not None and traced is not None:
+            options = {name: schemes[name] for name in layers}
+            chosen = choose_schemes(model, traced, options, self.to, encoder, self.solver, context, recorder)
+        for name in layers:
+            encoder.swap(model, name, chosen[name], recorder)
+        if reference is not None and traced is not None and self.solver is not None:
+            self._round(model, reference, traced, layers, encoder, context, recorder)
         if reference is not None and self.correct:
             correct_statistics(model, reference, context, recorder, {})
         return recorder.record()
@@ -188,6 +190,7 @@ class Quantize(Step):
         self,
         model: nn.Module,
         reference: nn.Module,
+        traced: Trace,
         layers: list[str],
         encoder: Encoder,
         context: Context,
@@ -196,14 +199,16 @@ class Quantize(Step):
         """Replace the nearest codes by the solver's."""
         assert self.solver is not None
         weights = {name: encoder.weight(name, reference.get_submodule(name)) for name in layers}
-        traced = _traced(reference, context)
         done = round_in_sequence(model, reference, traced, weights, self.solver, self.ranges, context)
         title = type(self.solver).__name__
-        recorder.numbers["output_error_nearest"] = done.nearest_error
-        recorder.notes.append(
-            f"{title} {'rounded' if done.kept else 'was taken back on'} {len(done.gains)} layers: output error on "
-            f"held-out batches {done.error:.3g} with it, {done.nearest_error:.3g} by rounding to nearest."
-        )
+        if done.gains:
+            recorder.numbers["output_error_nearest"] = done.nearest_error
+            recorder.notes.append(
+                f"{title} {'rounded' if done.kept else 'was taken back on'} {len(done.gains)} layers: output error on "
+                f"held-out batches {done.error:.3g} with it, {done.nearest_error:.3g} by rounding to nearest."
+            )
+        else:
+            recorder.notes.append(f"{title} can round none of these layers: all are rounded to nearest.")
         for i, row in enumerate(recorder.layers):
             if row.name in done.skipped and row.action == "quantized":
                 recorder.layers[i] = replace(row, reason=f"rounded to nearest: {done.skipped[row.name]}")
@@ -216,11 +221,13 @@ class Quantize(Step):
             recorder.edits.append(Swap(pair[1], "Identity"))
             recorder.layers.append(LayerRow(name=pair[1], kind="BatchNorm", action="folded", reason=f"into {pair[0]}"))
 
-    def _equalize(self, model: nn.Module, layers: list[str], context: Context, recorder: Recorder) -> None:
+    def _equalize(
+        self, model: nn.Module, layers: list[str], traced: Trace, context: Context, recorder: Recorder
+    ) -> None:
         """Cross-layer equalization in place, if the quantized model is nearer to the original with it than without."""
         assert isinstance(self.equalize, CrossLayer)
         equalized = copy_model(model)
-        changed = equalize_layers(equalized, layers, _traced(model, context), self.equalize)
+        changed = equalize_layers(equalized, layers, traced, self.equalize)
         if not changed:
             recorder.notes.append("CrossLayer: no two layers follow each other with only ReLU or pooling between them.")
             return
@@ -241,9 +248,11 @@ class Quantize(Step):
             f"error on held-out batches {errors[1]:.3g} with it, {errors[0]:.3g} without."
         )
 
-    def _measure(self, model: nn.Module, layers: list[str], context: Context, recorder: Recorder) -> Encoder:
+    def _measure(
+        self, model: nn.Module, layers: list[str], traced: Trace, context: Context, recorder: Recorder
+    ) -> Encoder:
         """The histograms of inputs and outputs, and what smooths them."""
-        outputs = layers_with_output_grids(model, layers, _traced(model, context))
+        outputs = layers_with_output_grids(model, layers, traced)
         smoothing: dict[str, Tensor] = {}
         if isinstance(self.equalize, SmoothQuant):
             smoothing = smooth(model, layers, self.equalize, self._options[0], self.ranges, context, recorder)

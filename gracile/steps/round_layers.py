@@ -66,7 +66,7 @@ def round_in_sequence(
     found.skipped = {name: reason for name, reason in reasons.items() if reason is not None}
     for name in weights:
         layer = model.get_submodule(name)
-        if isinstance(layer, QuantizedLayer) and not isinstance(layer.weight_format, (Int, Levels)):
+        if isinstance(layer, QuantizedLayer) and grid_of(layer.weight_format, ranges) is None:
             found.skipped[name] = f"{type(layer.weight_format).__name__} has no scale to round by"
     order = [name for name in reasons if name not in found.skipped]
     if not order:

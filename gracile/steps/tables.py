@@ -48,7 +48,7 @@ def measure_tables(scored: ScoredGroups, allocation: MeasuredLoss, context: Cont
         tables[name] = []
         for count in allocation.counts(members[0].units):
             undo = [_refit(trial, [(c, orders[n][:count]) for n, c in found], norms) for found in layers]
-            loss = divergence(_outputs(replay), references)
+            loss = divergence(replay.outputs(), references)
             with torch.no_grad():
                 for tensor, value in [pair for part in undo for pair in part]:
                     tensor.copy_(value)
@@ -90,7 +90,7 @@ def measure_around(
             keep = {**trial.keep, **moved}
             for layer in layers:
                 trial.solve(layer, keep)
-            loss = divergence(_outputs(replay), list(references))
+            loss = divergence(replay.outputs(), list(references))
             _check_finite(loss, count, members[0])
             tables[name].append(Level(count, loss, float(whole - cut_macs(traced, keep)), in_context=True))
         for layer in layers:
@@ -120,11 +120,6 @@ def _by_layer(
         for consumer in consumers[group.name]:
             found.setdefault(consumer.layer, []).append((group.name, consumer))
     return list(found.values())
-
-
-@torch.no_grad()
-def _outputs(replay: Replay) -> list[Tensor]:
-    return [logits_of(replay.run(i)) for i in range(len(replay.batches))]
 
 
 def _check_finite(loss: float, count: int, group: Group) -> None:

@@ -75,6 +75,14 @@ class Rewriter:
         self.graph.insert_before(before, node)
         return node.outputs[0]
 
+    def without_last(self, before: ir.Node, value: ir.Value, axis: int, count: int, like: ir.Value) -> ir.Value:
+        """The value without the last `count` of this axis, sliced before a node; of the type of `like`."""
+        ends = (("start", 0), ("end", -count), ("axis", axis))
+        bounds = [self.constant(name, np.array([n], np.int64)) for name, n in ends]
+        sliced = self.insert(before, "Slice", [value, *bounds], "whole", like)
+        sliced.shape = None
+        return sliced
+
     def replace(self, old: ir.Value, new: ir.Value) -> None:
         """Every reader of `old`, and the graph's outputs, read `new`; the node that made `old` goes."""
         node = old.producer()

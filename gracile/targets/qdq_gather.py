@@ -84,9 +84,7 @@ class _Lookup:
             rows = self._reshaped(node, rows, out, (self.padded,))
         if self.padded == self.width:
             return rows
-        ends = (("start", 0), ("end", self.width), ("axis", -1))
-        bounds = [self.rewriter.constant(name, np.array([n], np.int64)) for name, n in ends]
-        return self._insert(node, "Slice", [rows, *bounds], "whole", out)
+        return self.rewriter.without_last(node, rows, -1, self.padded - self.width, out)
 
     def _unpacked(self, node: ir.Node, packed: ir.Value, out: ir.Value) -> ir.Value:
         constant = self.rewriter.constant

@@ -127,7 +127,7 @@ def _dequantize(rewriter: Rewriter, node: ir.Node, encoded: _Encoded, stem: str,
         new.shape = ir.Shape(codes.shape)
         if encoded.flip and _pad_inputs(rewriter, out, missing):
             return new
-        new = _first_columns(rewriter, node, new, 0 if encoded.flip else 1, missing, out)
+        new = rewriter.without_last(node, new, 0 if encoded.flip else 1, missing, out)
     if codes.ndim == len(shape):
         return new
     new.shape = ir.Shape((shape[0], math.prod(shape[1:])))
@@ -150,17 +150,6 @@ def _pad_inputs(rewriter: Rewriter, weight: ir.Value, missing: int) -> bool:
         padded.shape = None
         user.replace_input_with(0, padded)
     return True
-
-
-def _first_columns(
-    rewriter: Rewriter, node: ir.Node, value: ir.Value, axis: int, missing: int, out: ir.Value
-) -> ir.Value:
-    """The value without the last `missing` of this axis."""
-    ends = [np.array([n], np.int64) for n in (0, -missing, axis)]
-    inputs = [value, *(rewriter.constant(name, end) for name, end in zip(("start", "end", "axis"), ends))]
-    sliced = rewriter.insert(node, "Slice", inputs, f"{value.name}_whole", out)
-    sliced.shape = None
-    return sliced
 
 
 def _multiplied_groups(
@@ -189,7 +178,7 @@ def _multiplied_groups(
         flat = rewriter.constant(f"{stem}_rows", np.array((shape[0], -1), np.int64))
         value = rewriter.insert(node, "Reshape", [value, flat], f"{stem}_flat", out)
         value.shape = None
-        value = _first_columns(rewriter, node, value, 1, missing, out)
+        value = rewriter.without_last(node, value, 1, missing, out)
     target = rewriter.constant(f"{stem}_shape", np.array(shape, np.int64))
     return rewriter.insert(node, "Reshape", [value, target], stem, out)
 

@@ -160,3 +160,14 @@ def test_unknown_layers_and_impossible_configurations_are_refused() -> None:
         build_layer("QuantizedLinear", config_of(Int(8), input=Int(8)), nn.Linear(2, 2))
     with pytest.raises(ConfigError, match="indices"):
         build_layer("QuantizedEmbedding", config_of(Int(8), input=ACTIVATION), nn.Embedding(2, 2))
+
+
+def test_a_quantized_layer_shares_no_bias_with_the_old_one() -> None:
+    old = nn.Linear(4, 3)
+    before = old.bias.detach().clone()
+    encoded = {f"weight_{name}": value for name, value in Int(8).encode(old.weight).items()}
+    config = {"weight": format_to_config(Int(8)), "bias": True}
+    new = quantize_layer(old, {**encoded, "bias": old.bias.detach()}, config)
+    with torch.no_grad():
+        new.bias.add_(1)  # type: ignore[union-attr]
+    assert torch.equal(old.bias, before)

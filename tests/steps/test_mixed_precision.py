@@ -15,7 +15,7 @@ from gracile.context import Context
 from gracile.data import Data
 from gracile.errors import ConfigError, DataError
 from gracile.evaluate.size import state_bytes
-from gracile.formats import W8A8, Int
+from gracile.formats import FP8, W8A8, Int
 from gracile.goal import Bytes, MACs
 from gracile.solvers import GPTQ
 from gracile.stats.match import divergence
@@ -114,6 +114,26 @@ def test_the_original_and_the_models_norms_stay_as_they_are_while_options_are_tr
     result.save(tmp_path / "slim")
     again = load(tmp_path / "slim", copy.deepcopy(model))
     assert torch.equal(again(batches[0]), result.model(batches[0]))
+
+
+def test_options_that_a_solver_cannot_round_are_options_all_the_same() -> None:
+    model = net()
+    record = Quantize(to=Bytes(0.5), options=(FP8(), Int(2)), solver=GPTQ(rounds=1))(model, context(model))
+    assert {type(m.weight_format) for m in model.modules() if hasattr(m, "weight_format")} == {FP8}
+    reasons = {row.reason for row in record.layers if row.action == "quantized"}
+    assert reasons == {"rounded to nearest: FP8 has no scale to round by"}
+    assert "GPTQ can round none of these layers: all are rounded to nearest." in record.notes
+    assert "output_error_nearest" not in record.numbers
+
+
+def test_grids_of_inputs_and_outputs_count_among_the_bytes() -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sigmoid(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 4)).eval()
+    original = copy.deepcopy(model)
+    batches = Data(calibration=[torch.randn(4, 3, 6, 6) for _ in range(3)])
+    step = Quantize(to=Bytes(0.9), options=(W8A8, Int(8)), correct=False)
+    record = step(model, Context(batches, original, original))
+    assert record.numbers["bytes"] == state_bytes(model)
 
 
 def test_budgets_that_cannot_be_are_explained() -> None:
