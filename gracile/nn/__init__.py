@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gracile.errors import ArtifactError
 from gracile.nn.factorized import Factorized, FactorizedConv, FactorizedLinear, compose, factorized_kind
-from gracile.nn.grid import begin_training, end_training
+from gracile.nn.grid import begin_training, end_training, freeze_batch_norms
 from gracile.nn.quantized import QuantizedConv, QuantizedEmbedding, QuantizedLayer, QuantizedLinear, quantized_kind
 from gracile.nn.skip import Skip
 
@@ -27,6 +27,7 @@ __all__ = [
     "compose",
     "end_training",
     "factorized_kind",
+    "freeze_batch_norms",
     "quantize_layer",
     "quantized_kind",
 ]

@@ -1,50 +1,137 @@
-"""Rounding a weight to a grid that stays fixed, with gradients that pass straight through: training on the grid."""
+"""Training on grids whose scales are learned: what is rounded in every forward, and the gradients that pass it."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gracile.formats import Format, Int
+from gracile.formats import Format, Int, Levels
 from gracile.formats.granularity import from_rows, to_rows
 
 
-class _OnGrid(torch.autograd.Function):
+#: One in so many examples of a batch tells the gradient of an activation's scale, at that share of the cost.
+SCALE_SHARE = 4
+
+
+class _WeightOnGrid(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, fmt: Format, encoded: dict[str, Tensor]) -> Tensor:
-        if not isinstance(fmt, Int):
-            ctx.inside = None
-            given = {name: tensor for name, tensor in encoded.items() if name not in ("codes", "shape")}
-            return fmt.decode(fmt.encode(weight, **given)).to(weight.dtype)
-        scale = encoded["scale"].reshape(-1, 1)
-        zero_point = encoded.get("zero_point")
-        q = torch.round(to_rows(fmt.granularity, weight.float()) / scale)
-        if zero_point is not None:
-            q += zero_point.reshape(-1, 1)
-        inside = (q >= fmt.qmin).logical_and_(q <= fmt.qmax)
-        ctx.inside = from_rows(fmt.granularity, inside, tuple(weight.shape))
-        q.clamp_(fmt.qmin, fmt.qmax)
-        if zero_point is not None:
-            q -= zero_point.reshape(-1, 1)
-        return from_rows(fmt.granularity, q.mul_(scale), tuple(weight.shape)).to(weight.dtype)
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, fmt: Int | Levels, encoded: dict[str, Tensor]) -> Tensor:
+        if isinstance(fmt, Levels):
+            largest = max(abs(level) for level in fmt.levels)
+            decoded = fmt.decode(fmt.encode(weight, scale)).to(weight.dtype)
+            rows = to_rows(fmt.granularity, weight.float()) / scale.reshape(-1, 1)
+            inside = from_rows(fmt.granularity, rows.abs() <= largest, tuple(weight.shape))
+        else:
+            decoded, inside = _round(weight, scale, fmt, encoded.get("zero_point"))
+        ctx.save_for_backward(weight, scale, decoded, inside)
+        ctx.granularity = fmt.granularity
+        return decoded
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
-        gradient = gradients[0]
-        return gradient if ctx.inside is None else gradient * ctx.inside, None, None
+        weight, scale, decoded, inside = ctx.saved_tensors
+        passed = gradients[0] * inside
+        slope = to_rows(ctx.granularity, (gradients[0] * decoded - passed * weight).float()).sum(1)
+        return passed, slope.reshape(scale.shape) / scale, None, None
 
 
-def on_grid(weight: Tensor, fmt: Format, encoded: dict[str, Tensor]) -> Tensor:
-    """decode(encode(weight)) on the scales given, with dQ/dw = 1 inside the grid's range and 0 outside.
+class _FormatOnGrid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, fmt: Format, encoded: dict[str, Tensor]) -> Tensor:
+        given = {name: tensor for name, tensor in encoded.items() if name not in ("codes", "shape")}
+        return fmt.decode(fmt.encode(weight, **given)).to(weight.dtype)
 
-    The straight-through estimator of Bengio et al. (2013), with the clipped part cut off.
-    encoded: tensors of the format that hold the grid ("scale", "zero_point"); their "codes" are not read.
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        return gradients[0], None, None
+
+
+class _InputOnGrid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: int, qmin: int, qmax: int) -> Tensor:
+        low, high = qmin - zero_point, qmax - zero_point
+        y = torch.div(x, scale).clamp_(low, high).round_().mul_(scale)
+        ctx.save_for_backward(x, scale, y)
+        ctx.bounds = (low - 0.5, high + 0.5)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        x, scale, y = ctx.saved_tensors
+        step = float(scale)
+        # One fused pass: the gradient where x lies between the outermost halves of steps, zero elsewhere.
+        passed = torch.ops.aten.hardtanh_backward(gradients[0], x, ctx.bounds[0] * step, ctx.bounds[1] * step)
+        some = slice(0, max(1, len(x) // SCALE_SHARE)) if x.ndim else ...
+        slope = (gradients[0][some] * y[some]).addcmul_(passed[some], x[some], value=-1).sum(dtype=torch.float32)
+        slope *= x.numel() / max(1, x[some].numel()) / scale
+        return passed, slope, None, None, None
+
+
+class _Learned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, change: Tensor, count: int) -> Tensor:
+        learned = scale * change.exp()
+        ctx.save_for_backward(learned)
+        ctx.count = count
+        return learned
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        (learned,) = ctx.saved_tensors
+        return None, gradients[0] / (learned * math.sqrt(ctx.count)), None
+
+
+def weight_on_grid(weight: Tensor, fmt: Format, encoded: dict[str, Tensor]) -> Tensor:
+    """Q(w) = decode(encode(w)) on the grid given, with dQ/dw = 1 inside the grid's range and 0 outside.
+
+    encoded: the tensors of the format that hold the grid ("scale", "zero_point"); their "codes" are not read. Where the
+    format is Int or Levels, the scale s has the gradient of LSQ (Esser et al. 2019, arXiv:1902.08153, equation 3) for
+    any levels: dQ/ds = (Q − w) / s inside, Q / s outside. The weight's is the straight-through estimator of Bengio et
+    al. (2013), with the clipped part cut off.
     """
-    result: Tensor = _OnGrid.apply(weight, fmt, encoded)  # type: ignore[no-untyped-call]
+    if isinstance(fmt, (Int, Levels)):
+        result: Tensor = _WeightOnGrid.apply(weight, encoded["scale"], fmt, encoded)  # type: ignore[no-untyped-call]
+        return result
+    fixed: Tensor = _FormatOnGrid.apply(weight, fmt, encoded)  # type: ignore[no-untyped-call]
+    return fixed
+
+
+def input_on_grid(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    """scale · (clip(round(x / scale) + zero_point, qmin, qmax) − zero_point), in the dtype of x, gradients as above.
+
+    x: [examples, ...] of any float dtype, in which it is computed. scale: [] float32; its gradient is estimated from a
+    quarter of the examples. zero_point: [] any integer dtype; it has no gradient.
+    """
+    result: Tensor = _InputOnGrid.apply(x, scale, int(zero_point), qmin, qmax)  # type: ignore[no-untyped-call]
     return result
+
+
+def learned_scale(scale: Tensor, change: Tensor, count: int) -> Tensor:
+    """s = scale · exp(change): positive whatever is learned, and moved by shares of itself, however large it is.
+
+    scale, change: the same shape. count: values that share one scale, times the highest code. The gradient of `change`
+    is ∇s / (s · √count): its step is then the relative step that LSQ gives s (section 2.2 there), for Adam, which is
+    blind to the factor, and for plain gradient descent alike.
+    """
+    result: Tensor = _Learned.apply(scale, change, count)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _round(weight: Tensor, scale: Tensor, fmt: Int, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The weight on its grid, and where it lies inside the grid's range."""
+    q = torch.round(to_rows(fmt.granularity, weight.float()) / scale.reshape(-1, 1))
+    if zero_point is not None:
+        q += zero_point.reshape(-1, 1)
+    inside = from_rows(fmt.granularity, (q >= fmt.qmin).logical_and_(q <= fmt.qmax), tuple(weight.shape))
+    q.clamp_(fmt.qmin, fmt.qmax)
+    if zero_point is not None:
+        q -= zero_point.reshape(-1, 1)
+    decoded = from_rows(fmt.granularity, q.mul_(scale.reshape(-1, 1)), tuple(weight.shape))
+    return decoded.to(weight.dtype), inside
 
 
 class TrainsOnGrid(nn.Module, ABC):
@@ -58,14 +145,22 @@ class TrainsOnGrid(nn.Module, ABC):
 
 
 def begin_training(model: nn.Module) -> None:
-    """Give every quantized layer of the model a float weight parameter that its forward rounds to the stored grid."""
+    """Give every quantized layer of the model float parameters: its weight, rounded in every forward, and its scales."""
     for module in model.modules():
         if isinstance(module, TrainsOnGrid):
             module.begin_training()
 
 
 def end_training(model: nn.Module) -> None:
-    """Encode what was trained, on the same grids, and drop the float parameters; outputs stay exactly as they were."""
+    """Encode what was trained, on the grids it was trained on, and drop the parameters; outputs stay what they were."""
     for module in model.modules():
         if isinstance(module, TrainsOnGrid):
             module.end_training()
+
+
+def freeze_batch_norms(model: nn.Module) -> None:
+    """Let the batch norms that stand behind quantized layers while these train keep the statistics they have."""
+    for module in model.modules():
+        norm = getattr(module, "batch_norm", None) if isinstance(module, TrainsOnGrid) else None
+        if isinstance(norm, nn.Module):
+            norm.eval()

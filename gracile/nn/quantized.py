@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gracile.errors import ConfigError
-from gracile.formats import Format, Int, PerTensor, format_from_config, format_to_config
-from gracile.nn.grid import TrainsOnGrid, on_grid
+from gracile.formats import Format, Int, Levels, PerChannel, PerTensor, format_from_config, format_to_config
+from gracile.nn.grid import TrainsOnGrid, input_on_grid, learned_scale, weight_on_grid
 from gracile.nn.ops import decode, quantize_dequantize
 
 
@@ -20,7 +21,8 @@ class QuantizedLayer(TrainsOnGrid):
 
     Buffers: "weight_" + the name of each tensor that the weight's format encodes to (weight_codes, weight_scale, ...);
     input_scale [] float32 and input_zero_point [] int32 where inputs have a format; the same for the output.
-    `weight` reads the decoded weight; while training on the grid it is a float parameter (see `begin_training`).
+    `weight` reads the decoded weight. While training on the grid it is a float parameter, and so is the logarithm of
+    what each scale was changed by (weight_scale_change, input_scale_change, ...); see `begin_training`.
     """
 
     def __init__(self, old: nn.Module, config: dict[str, Any]) -> None:
@@ -28,9 +30,11 @@ class QuantizedLayer(TrainsOnGrid):
 
         config: {"weight": format, "input": format or None, "output": format or None} as `format_to_config` writes them;
             {"bias": true} gives the layer a bias that the old one lacks. {"smooth": true} multiplies a linear layer's
-            inputs by a buffer `input_multiplier` [in] before they are put on their grid.
+            inputs by a buffer `input_multiplier` [in] before they are put on their grid. {"sparse": true} says that the
+            weight was pruned before it was rounded, so that its zeros are to be kept.
         """
         super().__init__()
+        self.sparse = bool(config.get("sparse"))
         self.weight_format: Format = format_from_config(config["weight"])
         self.input_format = _activation_format(config, "input")
         self.output_format = _activation_format(config, "output")
@@ -74,7 +78,7 @@ class QuantizedLayer(TrainsOnGrid):
         """The float32 weight that the layer computes with, in the shape of the layer it replaced."""
         trained = self._parameters.get("weight")
         if trained is not None:
-            return on_grid(trained, self.weight_format, self.encoded_weight())
+            return weight_on_grid(trained, self.weight_format, self.encoded_weight() | self._learned_grid())
         tensors = [getattr(self, f"weight_{name}") for name in self.weight_tensors]
         return decode(tensors, ",".join(self.weight_tensors), self._format_json, self.weight_shape)
 
@@ -84,17 +88,50 @@ class QuantizedLayer(TrainsOnGrid):
         return self._parameters.get("weight") is not None
 
     def begin_training(self) -> None:
-        """Hold the weight as a float parameter that every forward rounds to the stored grid; see `on_grid`."""
-        if not self.trains:
-            self._parameters["weight"] = nn.Parameter(self.decoded_weight().clone())
+        """Hold the weight as a float parameter that every forward puts on the grid, and learn the grids' scales."""
+        if self.trains:
+            return
+        weight = self.decoded_weight().clone()
+        for role in self._learned_roles():
+            scale: Tensor = getattr(self, f"{role}_scale")
+            self.register_parameter(f"{role}_scale_change", nn.Parameter(torch.zeros_like(scale)))
+        self._parameters["weight"] = nn.Parameter(weight)
 
     def end_training(self) -> None:
         """Encode the trained weight on the grid it was trained on; the decoded weight stays exactly what it was."""
-        if self.trains:
-            grid = {name: getattr(self, f"weight_{name}") for name in self.weight_tensors if name != "codes"}
-            with torch.no_grad():
-                self.set_weight(self.weight_format.encode(self.decoded_weight(), **grid))
-            del self._parameters["weight"]
+        if not self.trains:
+            return
+        grid = {name: getattr(self, f"weight_{name}") for name in self.weight_tensors if name != "codes"}
+        with torch.no_grad():
+            self.set_weight(self.weight_format.encode(self.decoded_weight(), **(grid | self._learned_grid())))
+            for role in self._learned_roles():
+                if role != "weight":
+                    self._buffers[f"{role}_scale"] = self._scale(role)
+                del self._parameters[f"{role}_scale_change"]
+        del self._parameters["weight"]
+
+    def _learned_roles(self) -> tuple[str, ...]:
+        """Of weight, input and output those whose scale is learned: any but scales that a format bounds itself."""
+        formats = {"weight": self.weight_format, "input": self.input_format, "output": self.output_format}
+        return tuple(role for role, fmt in formats.items() if isinstance(fmt, (Int, Levels)))
+
+    def _learned_grid(self) -> dict[str, Tensor]:
+        """The learned scale of the weight by its name, where there is one."""
+        if "weight" not in self._learned_roles():
+            return {}
+        scale = self._buffers["weight_scale"]
+        assert scale is not None
+        return {"scale": self._scale("weight", math.prod(self.weight_shape) // scale.numel())}
+
+    def _scale(self, role: str, count: int = 1) -> Tensor:
+        """The scale of the weight, the input or the output; `count` values share it."""
+        scale: Tensor = getattr(self, f"{role}_scale")
+        change = self._parameters.get(f"{role}_scale_change")
+        if change is None:
+            return scale
+        fmt = getattr(self, f"{role}_format")
+        highest = fmt.qmax if isinstance(fmt, Int) else 1
+        return learned_scale(scale, change, max(1, count * highest))
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and not self.trains:  # some models read the weight of a layer, for its dtype or to tie it
@@ -113,8 +150,11 @@ class QuantizedLayer(TrainsOnGrid):
         fmt = self.input_format if role == "input" else self.output_format
         if fmt is None:
             return x
-        scale, zero_point = getattr(self, f"{role}_scale"), getattr(self, f"{role}_zero_point")
-        return quantize_dequantize(x, scale, zero_point, fmt.qmin, fmt.qmax)
+        zero_point = getattr(self, f"{role}_zero_point")
+        if self.trains:
+            scale = self._scale(role, x.numel() // max(1, len(x)))
+            return input_on_grid(x, scale, zero_point, fmt.qmin, fmt.qmax)
+        return quantize_dequantize(x, getattr(self, f"{role}_scale"), zero_point, fmt.qmin, fmt.qmax)
 
     def _outputs(self, old: nn.Module) -> int:
         return self.weight_shape[0]
@@ -150,6 +190,9 @@ class QuantizedLinear(QuantizedLayer):
 
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+#: Least γ of a batch norm while its layer trains.
+SMALLEST_GAIN = 1e-6
 _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 _CONV_SETTINGS = (
     "in_channels",
@@ -168,28 +211,66 @@ _CONV_SETTINGS = (
 class QuantizedConv(QuantizedLayer):
     """A convolution of 1 to 3 dimensions, grouped or transposed too, with an encoded weight.
 
-    Weight: [out, in / groups, *kernel]; transposed [in, out / groups, *kernel].
+    Weight: [out, in / groups, *kernel]; transposed [in, out / groups, *kernel]. Where a batch norm was folded into it,
+    one stands behind it again while it trains on its grid: few bits train badly without. It is folded into the scales
+    of the output channels and the bias when training ends, which is exact but for rounding in float32.
     """
 
+    batch_norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | None
+
     def __init__(self, old: nn.Module, config: dict[str, Any]) -> None:
+        """config: as in `QuantizedLayer`; {"batch_norm": eps} says that a batch norm of this ε was folded into it."""
         super().__init__(old, config)
         for name in _CONV_SETTINGS:
             setattr(self, name, getattr(old, name))
         self._reversed_padding_repeated_twice = list(getattr(old, "_reversed_padding_repeated_twice", ()))
+        self.batch_norm = None
+        by_channel = getattr(self.weight_format, "granularity", None) == PerChannel(0) and not self.transposed
+        self._epsilon = config.get("batch_norm") if by_channel and self.bias is not None else None
+
+    def begin_training(self) -> None:
+        """As any quantized layer, and with a batch norm whose statistics are still to be restated to what arrives."""
+        begun = self.trains
+        super().begin_training()
+        if begun or self._epsilon is None:
+            return
+        assert self.bias is not None
+        norm = _BATCH_NORMS[len(self.kernel_size)](self._outputs(self), eps=float(self._epsilon))
+        norm.to(self.bias).train(self.training)
+        with torch.no_grad():
+            norm.weight.copy_((norm.running_var + norm.eps).sqrt())  # type: ignore[operator]
+            norm.bias.copy_(self.bias)
+        self.batch_norm = norm
+
+    def end_training(self) -> None:
+        """As any quantized layer; afterwards the batch norm is part of the scales and the bias."""
+        norm, self.batch_norm = self.batch_norm, None
+        super().end_training()
+        if norm is None:
+            return
+        with torch.no_grad():
+            factor = norm.weight / (norm.running_var + norm.eps).sqrt()  # type: ignore[operator]
+            self._buffers["weight_scale"] = self.weight_scale * factor.to(self.weight_scale)
+            self.bias.copy_(norm.bias - norm.running_mean * factor)  # type: ignore[union-attr,operator]
 
     def forward(self, input: Tensor) -> Tensor:
         x = self.on_input_grid(input)
+        if self.batch_norm is None:
+            return self._quantized("output", self._convolve(x, self.bias))
+        with torch.no_grad():  # a channel's scale stays positive
+            self.batch_norm.weight.clamp_(min=SMALLEST_GAIN)
+        return self._quantized("output", self.batch_norm(self._convolve(x, None)))
+
+    def _convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
         weight, dimensions = self._weight_as(x), len(self.kernel_size)
         if self.transposed:
-            y = _TRANSPOSED[dimensions](
-                x, weight, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
+            return _TRANSPOSED[dimensions](
+                x, weight, bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
             )
-        elif self.padding_mode != "zeros":
-            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            y = _CONVOLUTIONS[dimensions](x, weight, self.bias, self.stride, 0, self.dilation, self.groups)
-        else:
-            y = _CONVOLUTIONS[dimensions](x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-        return self._quantized("output", y)
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+        return _CONVOLUTIONS[dimensions](x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
     def _outputs(self, old: nn.Module) -> int:
         return int(old.out_channels)  # type: ignore[arg-type]

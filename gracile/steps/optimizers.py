@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,10 +23,10 @@ class SGD:
     def __post_init__(self) -> None:
         _check(self.learning_rate)
 
-    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """The torch optimizer."""
+    def build(self, groups: Iterable[nn.Parameter] | list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The torch optimizer of parameters, or of groups of them, each with the settings in which it differs."""
         return torch.optim.SGD(
-            parameters,
+            groups,
             lr=self.learning_rate,
             momentum=self.momentum,
             nesterov=self.momentum > 0,
@@ -43,9 +44,9 @@ class AdamW:
     def __post_init__(self) -> None:
         _check(self.learning_rate)
 
-    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """The torch optimizer."""
-        return torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+    def build(self, groups: Iterable[nn.Parameter] | list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The torch optimizer of parameters, or of groups of them, each with the settings in which it differs."""
+        return torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay)
 
 
 def default_optimizer(model: nn.Module) -> SGD | AdamW:

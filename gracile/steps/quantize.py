@@ -148,8 +148,7 @@ class Quantize(Step):
         for name in layers:  # refuses before any change
             for scheme in schemes[name]:
                 encoder.check(name, model.get_submodule(name), scheme)
-        if self._reads_inputs:
-            self._fold(model, layers, context, recorder)
+        folded = self._fold(model, layers, context, recorder) if self._reads_inputs else {}
         looks = self._reads_inputs or self.solver is not None or self.to is not None or self.equalize is not None
         traced = _traced(model, context) if looks else None
         if isinstance(self.equalize, CrossLayer) and traced is not None:
@@ -158,7 +157,7 @@ class Quantize(Step):
         compares = self.correct or self.solver is not None
         reference = copy_model(model) if compares and context.data.has_calibration else None
         if self._reads_inputs and traced is not None:
-            encoder = self._measure(model, layers, traced, context, recorder)
+            encoder = replace(self._measure(model, layers, traced, context, recorder), folded=folded)
             for name in [name for name in layers if name not in encoder.stats]:
                 recorder.skip(name, type(model.get_submodule(name)).__name__, "never called on the calibration batches")
                 layers.remove(name)
@@ -216,10 +215,17 @@ class Quantize(Step):
                 reason = f"{title}: {done.gains[row.name]:.3g} of the output error of rounding to nearest"
                 recorder.layers[i] = replace(row, error=done.errors[row.name], reason=reason)
 
-    def _fold(self, model: nn.Module, layers: list[str], context: Context, recorder: Recorder) -> None:
-        for pair in fold_batch_norms(model, _traced(model, context).batch_norm_pairs(), set(layers)):
-            recorder.edits.append(Swap(pair[1], "Identity"))
-            recorder.layers.append(LayerRow(name=pair[1], kind="BatchNorm", action="folded", reason=f"into {pair[0]}"))
+    def _fold(
+        self, model: nn.Module, layers: list[str], context: Context, recorder: Recorder
+    ) -> dict[str, float]:
+        """Fold batch norms into the layers before them; layer -> ε."""
+        pairs = _traced(model, context).batch_norm_pairs()
+        epsilons = {norm: float(model.get_submodule(norm).eps) for _, norm in pairs}  # type: ignore[arg-type]
+        folded = fold_batch_norms(model, pairs, set(layers))
+        for layer, norm in folded:
+            recorder.edits.append(Swap(norm, "Identity"))
+            recorder.layers.append(LayerRow(name=norm, kind="BatchNorm", action="folded", reason=f"into {layer}"))
+        return {layer: epsilons[norm] for layer, norm in folded}
 
     def _equalize(
         self, model: nn.Module, layers: list[str], traced: Trace, context: Context, recorder: Recorder

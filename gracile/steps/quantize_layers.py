@@ -64,13 +64,14 @@ class Encoder:
 
     ranges: how scales are found. stats: layer -> histograms of its input and output; none where inputs stay float.
     outputs: layers whose output needs a grid too. smoothing: layer -> what its inputs are divided by, and its weight
-    multiplied.
+    multiplied. folded: layer -> ε of the batch norm that was folded into it.
     """
 
     ranges: Range
     stats: Mapping[str, LayerStats] = field(default_factory=dict)
     outputs: frozenset[str] = frozenset()
     smoothing: Mapping[str, Tensor] = field(default_factory=dict)
+    folded: Mapping[str, float] = field(default_factory=dict)
 
     def weight(self, name: str, layer: nn.Module) -> Tensor:
         """The float weight that the codes of the layer stand for."""
@@ -115,15 +116,21 @@ class Encoder:
         tensors = {f"weight_{key}": value for key, value in encoded.items() if key != "shape"}
         stats = self.stats.get(name)
         if stats is not None and isinstance(scheme.input, Int):
-            sides = {"input": stats.input, "output": stats.output if name in self.outputs else None}
-            for side, histogram in sides.items():
+            sides = {"input": (stats.input, scheme.input)}
+            if name in self.outputs:  # read by a sum or the like, which no kernel computes in fewer bits
+                sides["output"] = (stats.output, replace(scheme.input, bits=8))
+            for side, (histogram, grid) in sides.items():
                 if histogram is not None:
-                    scale, zero_point = self.ranges.activation(histogram, scheme.input)
-                    config[side] = format_to_config(scheme.input)
+                    scale, zero_point = self.ranges.activation(histogram, grid)
+                    config[side] = format_to_config(grid)
                     tensors[f"{side}_scale"], tensors[f"{side}_zero_point"] = scale, zero_point
         if name in self.smoothing:
             config["smooth"] = True
             tensors["input_multiplier"] = 1 / self.smoothing[name]
+        if bool((old.weight == 0).any()):
+            config["sparse"] = True
+        if name in self.folded:
+            config["batch_norm"] = self.folded[name]
         if isinstance(getattr(old, "bias", None), Tensor):
             config["bias"] = True
             tensors["bias"] = old.bias.detach()

@@ -20,11 +20,15 @@ from gracile.environment import has_bfloat16, instruction_set
 from gracile.errors import DataError
 from gracile.files import write_bytes
 from gracile.modes import channels_last
-from gracile.nn import begin_training, end_training
+from gracile.nn import QuantizedLayer, begin_training, end_training, freeze_batch_norms
 from gracile.recipe import Recorder
 from gracile.steps.optimizers import SGD, AdamW
 from gracile.steps.recentre import recentre_batch_norms
 from gracile.steps.training_data import Split
+
+#: Share of the schedule after which the batch norms of quantized layers keep their statistics: weights that flip between
+#: two codes disturb them.
+FROZEN = 0.8
 
 #: (model, batch) -> scalar loss of a batch, differentiable.
 Objective = Callable[[nn.Module, Batch], Tensor]
@@ -42,10 +46,14 @@ class Schedule:
     mixed_precision: bool
     span: tuple[float, float] = (0.0, 1.0)
 
+    def progress(self, done: float) -> float:
+        """The share of the whole schedule that is done when this share of the epochs is."""
+        start, end = self.span
+        return start + (end - start) * done
+
     def rate(self, done: float) -> float:
         """The learning rate when this share of the epochs is done."""
-        start, end = self.span
-        progress = start + (end - start) * done
+        progress = self.progress(done)
         warm_up = 0.05
         factor = (
             progress / warm_up
@@ -60,7 +68,7 @@ def train(
 ) -> None:
     """Train in place and leave the model with the weights of the epoch that was best on the held-out part.
 
-    Weights that are exactly zero in a layer with zeros stay zero; quantized layers stay on their grids. The start
+    Weights that are exactly zero in a layer with zeros stay zero; quantized layers stay on grids whose scales are learned. The start
     counts as epoch 0: training that only harms is undone. With `context.directory`, every epoch is saved there, and a
     run that was interrupted goes on after the last one. Modes and `requires_grad` are restored, also after an error.
     """
@@ -91,7 +99,7 @@ def _fit(
     trained = [p for p in floating if p.requires_grad] or floating  # a model frozen altogether is trained altogether
     for p in trained:
         p.requires_grad_(True)
-    state = _State(model, schedule.optimizer.build(trained), context.directory)
+    state = _State(model, schedule.optimizer.build(_groups(model, trained)), context.directory)
     state.resume()
     with channels_last(model):
         _epochs(model, objective, split, schedule, context, state, zeros)
@@ -121,12 +129,22 @@ def _epochs(
             model.train()
             done = split.batches * (epoch - 1)
             for i, batch in enumerate(split.train):
+                if schedule.progress((done + i) / steps) >= FROZEN:
+                    freeze_batch_norms(model)
                 for group in state.optimizer.param_groups:
                     group["lr"] = schedule.rate((done + i) / steps)
                 loss = _step(model, objective, batch, state.optimizer, schedule.mixed_precision)
                 zeros.restore()
                 context.progress("train", done + i + 1, steps, f"epoch {epoch}/{schedule.epochs}, loss {loss:.4f}")
         state.finish_epoch(_validate(model, objective, split.validation))
+
+
+def _groups(model: nn.Module, trained: list[nn.Parameter]) -> list[dict[str, Any]]:
+    """The trained parameters; those of learned scales are apart, for they must not decay to where they started."""
+    scales = {id(p) for name, p in model.named_parameters() if name.endswith("_scale_change")}
+    weights = [p for p in trained if id(p) not in scales]
+    learned = [p for p in trained if id(p) in scales]
+    return [{"params": weights}] + ([{"params": learned, "weight_decay": 0.0}] if learned else [])
 
 
 def _record(recorder: Recorder, history: list[float], best: int) -> None:
@@ -175,15 +193,24 @@ def _validate(model: nn.Module, objective: Objective, batches: Iterable[Batch]) 
 
 
 class _Zeros:
-    """Weights that are exactly zero before training, put back to zero after every step."""
+    """Weights that are exactly zero before training, put back to zero after every step.
+
+    Of a quantized layer that was not pruned before it was rounded only rows of nothing but zeros: other zeros are codes
+    like any.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.masks: dict[str, Tensor] = {}
         for name, module in model.named_modules():
             for key in dict(module.named_parameters(recurse=False)) | {"weight": None}:
                 weight = getattr(module, key, None)
-                if isinstance(weight, Tensor) and weight.ndim >= 2 and bool((weight == 0).any()):
-                    self.masks[f"{name}.{key}" if name else key] = (weight != 0).detach()
+                if not isinstance(weight, Tensor) or weight.ndim < 2:
+                    continue
+                mask = (weight != 0).detach()
+                if isinstance(module, QuantizedLayer) and not module.sparse:
+                    mask = mask.flatten(1).any(1).view(-1, *[1] * (mask.ndim - 1)).expand_as(mask)
+                if not mask.all():
+                    self.masks[f"{name}.{key}" if name else key] = mask
         self.pairs: list[tuple[nn.Parameter, Tensor]] = []
 
     def follow(self, model: nn.Module) -> None:

@@ -1,0 +1,64 @@
+"""Quantization-aware distillation: a ResNet-20 with few bits in weights and inputs, trained on its learned grids.
+
+    python -m benchmarks.low_bits [--schemes W4A4 W3A3 W2A2] [--epochs 20] [--solver GPTQ] [--seed 0]
+
+From `apot_res20_32bit` (92.96 % on test5k). Training on augmented images of train20k, soft labels of the float model
+only; part of these choose the epoch, and test5k only judges. First and last layer have 8 bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+
+import torch
+
+import gracile as gc
+from benchmarks.datasets import augment, augmented_loader, cifar10
+from benchmarks.models import accuracy, resnet20_projection
+from gracile.evaluate.size import state_bytes
+from gracile.steps import AdamW
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--schemes", nargs="+", default=["W4A4", "W3A3", "W2A2"])
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--mixup", type=float, default=0.5)
+    parser.add_argument("--solver", choices=("nearest", "GPTQ"), default="nearest")
+    parser.add_argument("--images", type=int, default=1024, help="to calibrate on")
+    parser.add_argument("--train", type=int, default=20_000, help="images to train on")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    model = resnet20_projection("apot_res20_32bit")
+    images, labels = cifar10("train20k", "apot")
+    test, answers = cifar10("test5k", "apot")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)
+        calibration = [augment(batch) for batch in images[order[: args.images]].split(128)]
+    data = gc.Data(calibration=calibration, train=augmented_loader(images[: args.train], labels[: args.train]))
+    print(json.dumps({"float": accuracy(model, test, answers), "settings": vars(args)}), flush=True)
+    solver = gc.solvers.GPTQ() if args.solver == "GPTQ" else None
+    for name in args.schemes:
+        quantize = gc.Quantize(getattr(gc.formats, name), solver=solver)
+        distill = gc.Distill(
+            losses=(gc.SoftLabels(temperature=args.temperature),),
+            epochs=args.epochs,
+            mixup=args.mixup,
+            optimizer=AdamW(args.learning_rate, weight_decay=0.0),
+            mixed_precision=True,
+        )
+        start = time.perf_counter()
+        result = gc.compress(model, gc.Recipe(quantize, distill), data, seed=args.seed)
+        seconds = time.perf_counter() - start
+        row = {"scheme": name, "accuracy": accuracy(result.model, test, answers), "seconds": round(seconds)}
+        row["bytes"] = state_bytes(result.model) / state_bytes(model)
+        print(json.dumps(row | {"numbers": result.report.steps[1].numbers}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
