@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from gracile.formats import Format, Int, Levels
 from gracile.formats.granularity import from_rows, to_rows
 
-
 #: One in so many examples of a batch tells the gradient of an activation's scale, at that share of the cost.
 SCALE_SHARE = 4
 
@@ -82,7 +81,7 @@ class _Learned(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         (learned,) = ctx.saved_tensors
-        return None, gradients[0] / (learned * math.sqrt(ctx.count)), None
+        return None, gradients[0] * learned / math.sqrt(ctx.count), None
 
 
 def weight_on_grid(weight: Tensor, fmt: Format, encoded: dict[str, Tensor]) -> Tensor:
@@ -113,9 +112,9 @@ def input_on_grid(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax:
 def learned_scale(scale: Tensor, change: Tensor, count: int) -> Tensor:
     """s = scale · exp(change): positive whatever is learned, and moved by shares of itself, however large it is.
 
-    scale, change: the same shape. count: values that share one scale, times the highest code. The gradient of `change`
-    is ∇s / (s · √count): its step is then the relative step that LSQ gives s (section 2.2 there), for Adam, which is
-    blind to the factor, and for plain gradient descent alike.
+    scale, change: the same shape. count: values that share one scale, times the highest code. As in LSQ (section 2.2
+    there) the gradient is divided by √count, so that plain gradient descent changes scales no faster than weights; Adam
+    is blind to the factor.
     """
     result: Tensor = _Learned.apply(scale, change, count)  # type: ignore[no-untyped-call]
     return result

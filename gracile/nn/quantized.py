@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ class QuantizedLayer(TrainsOnGrid):
     Buffers: "weight_" + the name of each tensor that the weight's format encodes to (weight_codes, weight_scale, ...);
     input_scale [] float32 and input_zero_point [] int32 where inputs have a format; the same for the output.
     `weight` reads the decoded weight. While training on the grid it is a float parameter, and so is the logarithm of
-    what each scale was changed by (weight_scale_change, input_scale_change, ...); see `begin_training`.
+    what each scale was changed by (weight_scale_change, input_scale_change, ...); see `begin_training`. A solver that
+    chooses roundings by gradient meanwhile sets `rounding`, what gives the weight in place of the rounded parameter,
+    and `drop`, the probability that a value of the input stays off the grid.
     """
 
     def __init__(self, old: nn.Module, config: dict[str, Any]) -> None:
@@ -35,6 +38,8 @@ class QuantizedLayer(TrainsOnGrid):
         """
         super().__init__()
         self.sparse = bool(config.get("sparse"))
+        self.rounding: Callable[[], Tensor] | None = None
+        self.drop = 0.0
         self.weight_format: Format = format_from_config(config["weight"])
         self.input_format = _activation_format(config, "input")
         self.output_format = _activation_format(config, "output")
@@ -76,6 +81,8 @@ class QuantizedLayer(TrainsOnGrid):
 
     def decoded_weight(self) -> Tensor:
         """The float32 weight that the layer computes with, in the shape of the layer it replaced."""
+        if self.rounding is not None:
+            return self.rounding()
         trained = self._parameters.get("weight")
         if trained is not None:
             return weight_on_grid(trained, self.weight_format, self.encoded_weight() | self._learned_grid())
@@ -153,7 +160,8 @@ class QuantizedLayer(TrainsOnGrid):
         zero_point = getattr(self, f"{role}_zero_point")
         if self.trains:
             scale = self._scale(role, x.numel() // max(1, len(x)))
-            return input_on_grid(x, scale, zero_point, fmt.qmin, fmt.qmax)
+            y = input_on_grid(x, scale, zero_point, fmt.qmin, fmt.qmax)
+            return torch.where(torch.rand_like(x) < self.drop, x, y) if role == "input" and self.drop else y
         return quantize_dequantize(x, getattr(self, f"{role}_scale"), zero_point, fmt.qmin, fmt.qmax)
 
     def _outputs(self, old: nn.Module) -> int:
@@ -237,10 +245,26 @@ class QuantizedConv(QuantizedLayer):
         assert self.bias is not None
         norm = _BATCH_NORMS[len(self.kernel_size)](self._outputs(self), eps=float(self._epsilon))
         norm.to(self.bias).train(self.training)
+        gain = self._unfold()
         with torch.no_grad():
-            norm.weight.copy_((norm.running_var + norm.eps).sqrt())  # type: ignore[operator]
+            norm.weight.copy_(gain * (norm.running_var + norm.eps).sqrt())  # type: ignore[operator]
             norm.bias.copy_(self.bias)
         self.batch_norm = norm
+
+    def _unfold(self) -> Tensor:
+        """Divide each channel's weight by a power of two, [out], so that its size is what optimizers are used to.
+
+        Behind a batch norm the size of a channel's weight says nothing, but it makes the steps of a learning rate large
+        or small: folding left them as the batch norm's gains have it. Afterwards it is near √(2 / fan-in), He's.
+        """
+        with torch.no_grad():
+            weight: Tensor = self._parameters["weight"]  # type: ignore[assignment]
+            size = weight.flatten(1).square().mean(1).sqrt()
+            gain = torch.exp2(torch.round(torch.log2(size / math.sqrt(2 / weight[0].numel()))))
+            gain = torch.where((gain > 0) & torch.isfinite(gain), gain, torch.ones_like(gain))
+            weight.div_(gain.view(-1, *[1] * (weight.ndim - 1)))
+            self._buffers["weight_scale"] = self.weight_scale / gain
+        return gain
 
     def end_training(self) -> None:
         """As any quantized layer; afterwards the batch norm is part of the scales and the bias."""

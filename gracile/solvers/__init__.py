@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gracile.solvers.adaround import AdaRound
 from gracile.solvers.base import Moments
 from gracile.solvers.gptq import GPTQ
 from gracile.solvers.least_squares import LeastSquares
@@ -11,6 +12,7 @@ from gracile.solvers.spatial_low_rank import SpatialLowRank
 
 __all__ = [
     "GPTQ",
+    "AdaRound",
     "Grid",
     "LeastSquares",
     "LowRank",

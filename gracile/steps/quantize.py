@@ -17,7 +17,7 @@ from gracile.ranges import MSE, MinMax, Percentile
 from gracile.recipe import Recorder, Step
 from gracile.report.model import LayerRow, StepRecord
 from gracile.select import check_exclude
-from gracile.solvers import RoundingSolver
+from gracile.solvers import AdaRound, RoundingSolver
 from gracile.stats.collect import collect_activations, first_batch
 from gracile.stats.match import output_error, split_batches
 from gracile.steps.correct import copy_model, correct_statistics
@@ -25,7 +25,8 @@ from gracile.steps.equalize_layers import equalize_layers
 from gracile.steps.fold import fold_batch_norms
 from gracile.steps.mixed_precision import choose_schemes
 from gracile.steps.quantize_layers import Encoder, layers_with_output_grids, quantizable
-from gracile.steps.round_layers import round_in_sequence
+from gracile.steps.reconstruct_blocks import Reconstruction, reconstruct_blocks
+from gracile.steps.round_layers import Rounding, round_in_sequence
 from gracile.steps.smooth import smooth
 from gracile.surgery import Swap
 
@@ -39,7 +40,8 @@ class Quantize(Step):
     to, options: at most so many bytes of the model as stored, Bytes(0.15), and the schemes or formats to choose from
         for each layer: those by which the outputs change least, measured one layer at a time. Needs calibration data.
     solver: chooses the codes of linear layers and convolutions by what rounding does to their outputs, in the order of
-        the forward: solvers.GPTQ(). Needs calibration data. None: every weight goes to the nearest code.
+        the forward: solvers.GPTQ(), or solvers.AdaRound(), which goes on from there block by block. Needs calibration
+        data. None: every weight goes to the nearest code.
     ranges: how scales are found from weights and from what calibration saw: MinMax(), Percentile(), MSE().
     equalize: SmoothQuant() moves outliers of a linear layer's input channels into its weight, where that lowers the
         layer's output error; needs a scheme with an input format. CrossLayer() shares scales out between layers that
@@ -196,10 +198,28 @@ class Quantize(Step):
         recorder: Recorder,
     ) -> None:
         """Replace the nearest codes by the solver's."""
-        assert self.solver is not None
+        solver = self.solver.start if isinstance(self.solver, AdaRound) else self.solver
         weights = {name: encoder.weight(name, reference.get_submodule(name)) for name in layers}
-        done = round_in_sequence(model, reference, traced, weights, self.solver, self.ranges, context)
+        if solver is not None:
+            done = round_in_sequence(model, reference, traced, weights, solver, self.ranges, context)
+            self._record_rounding(done, type(solver).__name__, recorder)
+        if isinstance(self.solver, AdaRound):
+            reconstructed = reconstruct_blocks(model, reference, traced, weights, self.solver, self.ranges, context)
+            self._record_reconstruction(reconstructed, model, recorder)
+
+    def _record_reconstruction(self, done: Reconstruction, model: nn.Module, recorder: Recorder) -> None:
         title = type(self.solver).__name__
+        recorder.numbers["output_error_before_reconstruction"] = done.before
+        recorder.notes.append(
+            f"{title} {'reconstructed' if done.kept else 'was taken back on'} {done.blocks} blocks: output error on "
+            f"held-out batches {done.after:.3g} with it, {done.before:.3g} before."
+        )
+        for block, gain in done.gains.items():
+            reason = f"{title}: {gain:.3g} of its output error before"
+            kind = type(model.get_submodule(block)).__name__
+            recorder.layers.append(LayerRow(name=block, kind=kind, action="reconstructed", reason=reason))
+
+    def _record_rounding(self, done: Rounding, title: str, recorder: Recorder) -> None:
         if done.gains:
             recorder.numbers["output_error_nearest"] = done.nearest_error
             recorder.notes.append(
@@ -215,9 +235,7 @@ class Quantize(Step):
                 reason = f"{title}: {done.gains[row.name]:.3g} of the output error of rounding to nearest"
                 recorder.layers[i] = replace(row, error=done.errors[row.name], reason=reason)
 
-    def _fold(
-        self, model: nn.Module, layers: list[str], context: Context, recorder: Recorder
-    ) -> dict[str, float]:
+    def _fold(self, model: nn.Module, layers: list[str], context: Context, recorder: Recorder) -> dict[str, float]:
         """Fold batch norms into the layers before them; layer -> ε."""
         pairs = _traced(model, context).batch_norm_pairs()
         epsilons = {norm: float(model.get_submodule(norm).eps) for _, norm in pairs}  # type: ignore[arg-type]

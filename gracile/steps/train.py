@@ -26,8 +26,8 @@ from gracile.steps.optimizers import SGD, AdamW
 from gracile.steps.recentre import recentre_batch_norms
 from gracile.steps.training_data import Split
 
-#: Share of the schedule after which the batch norms of quantized layers keep their statistics: weights that flip between
-#: two codes disturb them.
+#: Share of the schedule after which the batch norms of quantized layers keep their statistics, which weights that flip
+#: between two codes disturb.
 FROZEN = 0.8
 
 #: (model, batch) -> scalar loss of a batch, differentiable.
@@ -68,9 +68,10 @@ def train(
 ) -> None:
     """Train in place and leave the model with the weights of the epoch that was best on the held-out part.
 
-    Weights that are exactly zero in a layer with zeros stay zero; quantized layers stay on grids whose scales are learned. The start
-    counts as epoch 0: training that only harms is undone. With `context.directory`, every epoch is saved there, and a
-    run that was interrupted goes on after the last one. Modes and `requires_grad` are restored, also after an error.
+    Weights that are exactly zero in a layer with zeros stay zero; quantized layers stay on grids whose scales are
+    learned. The start counts as epoch 0: training that only harms is undone. With `context.directory`, every epoch is
+    saved there, and a run that was interrupted goes on after the last one. Modes and `requires_grad` are restored, also
+    after an error.
     """
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     modes = [(module, module.training) for module in model.modules()]

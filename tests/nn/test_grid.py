@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from gracile.formats import FixedPoint, Format, Int, PerGroup, PerTensor, format_to_config
-from gracile.nn import begin_training, end_training, quantize_layer
-from gracile.nn.grid import on_grid
+from gracile.formats import NF4, FixedPoint, Format, Int, PerGroup, PerTensor, format_to_config
+from gracile.nn import QuantizedConv, begin_training, end_training, freeze_batch_norms, quantize_layer
+from gracile.nn.grid import input_on_grid, learned_scale, weight_on_grid
 
 FORMATS = [
     Int(8),
@@ -20,6 +21,7 @@ FORMATS = [
     Int(5, symmetric=False),
     Int(3, PerGroup(4), symmetric=False),
     FixedPoint(16),
+    NF4(PerGroup(4)),
 ]
 each_format = pytest.mark.parametrize("fmt", FORMATS, ids=str)
 
@@ -63,21 +65,123 @@ def test_what_was_trained_is_exactly_what_is_stored(fmt: Format) -> None:
     end_training(model)
     assert torch.equal(model(x), trained)
     assert torch.equal(model[0].decoded_weight(), weight)
-    assert scales == [] or all(
-        torch.equal(a, b) for a, b in zip(scales, (model[0].weight_scale, model[2].weight_scale))
-    )
+    for before, layer in zip(scales, (model[0], model[2])):
+        assert not torch.equal(before, layer.weight_scale)
     assert [name for name, _ in model.named_parameters()] == ["0.bias", "2.bias"]
 
 
-def test_gradients_pass_inside_the_grid_and_stop_outside() -> None:
-    fmt = Int(4, PerTensor())
+def test_gradients_of_weights_pass_inside_the_grid_and_stop_outside() -> None:
     weight = torch.tensor([[-9.0, -7.6, 0.2, 6.9, 7.4, 8.1]], requires_grad=True)
-    encoded = {"scale": torch.tensor(1.0)}
-    found = on_grid(weight, fmt, encoded)
+    scale = torch.tensor(1.0, requires_grad=True)
+    found = weight_on_grid(weight, Int(4, PerTensor()), {"scale": scale})
     assert found.tolist() == [[-8.0, -8.0, 0.0, 7.0, 7.0, 7.0]]
     (found * torch.arange(1.0, 7.0)).sum().backward()
-    assert weight.grad is not None
+    assert weight.grad is not None and scale.grad is not None
     assert weight.grad.tolist() == [[0.0, 2.0, 3.0, 4.0, 5.0, 0.0]]
+    # Outside the bound itself; inside round(v) - v, each times its gradient: LSQ, equation 3.
+    expected = 1 * -8 + 2 * (-8 + 7.6) + 3 * (0 - 0.2) + 4 * (7 - 6.9) + 5 * (7 - 7.4) + 6 * 7
+    assert float(scale.grad) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("fmt", [Int(3), Int(3, PerGroup(3), symmetric=False), Int(2, PerTensor()), NF4(PerGroup(3))])
+def test_gradients_of_scales_are_the_slope_of_the_rounded_weight(fmt: Int | NF4) -> None:
+    """Codes held, the decoded weight is scale times a constant: its slope in the scale, less that of the weight."""
+    weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    encoded = fmt.encode(weight)
+    scale = (encoded["scale"] * 0.4).requires_grad_()  # some weights lie outside
+    variable = weight.clone().requires_grad_()
+    upstream = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
+    (weight_on_grid(variable, fmt, encoded | {"scale": scale}) * upstream).sum().backward()
+    assert variable.grad is not None and scale.grad is not None
+    inside = variable.grad != 0
+    assert 0 < int(inside.sum()) < 24
+    with torch.no_grad():
+        grid = {k: v for k, v in encoded.items() if k == "zero_point"} | {"scale": scale.detach()}
+        per_scale = (fmt.decode(fmt.encode(weight, **grid)) - weight * inside) * upstream
+    groups = {PerGroup: (4, 2), PerTensor: (1, 1)}.get(type(fmt.granularity), (4, 1))
+    sums = np.array(
+        [block.sum() for row in np.split(per_scale.numpy(), groups[0]) for block in np.split(row, groups[1], 1)]
+    )
+    np.testing.assert_allclose(scale.grad.numpy().ravel(), sums / scale.detach().numpy().ravel(), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_inputs_and_their_scale() -> None:
+    x = torch.tensor([[-0.3, 0.1, 0.9, 1.45, 1.6]], requires_grad=True)  # codes 0 to 3, zero point 0, steps of 0.5
+    scale = torch.tensor(0.5, requires_grad=True)
+    y = input_on_grid(x, scale, torch.tensor(0), 0, 3)
+    assert y.tolist() == [[0.0, 0.0, 1.0, 1.5, 1.5]]
+    (y * torch.arange(1.0, 6.0)).sum().backward()
+    assert x.grad is not None and scale.grad is not None
+    assert x.grad.tolist() == [[0.0, 2.0, 3.0, 4.0, 5.0]]  # 1.6 is still within the last half step
+    expected = 2 * (0 - 0.2) + 3 * (2 - 1.8) + 4 * (3 - 2.9) + 5 * (3 - 3.2)
+    assert float(scale.grad) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_gradient_of_an_input_scale_is_estimated_without_bias() -> None:
+    """A quarter of the examples stands for all of them: of eight equal examples exactly."""
+    x = torch.randn(1, 50, generator=torch.Generator().manual_seed(3)).expand(8, 50).contiguous()
+    scale = torch.tensor(0.4, requires_grad=True)
+    input_on_grid(x, scale, torch.tensor(2), 0, 7).square().sum().backward()
+    eight, scale.grad = scale.grad, None
+    input_on_grid(x[:1], scale, torch.tensor(2), 0, 7).square().sum().backward()
+    assert eight is not None and scale.grad is not None
+    assert float(eight) == pytest.approx(8 * float(scale.grad), rel=1e-5)
+
+
+def test_learned_scales_move_by_shares_of_themselves() -> None:
+    scale, change = torch.tensor([1e-6, 5.0]), torch.zeros(2, requires_grad=True)
+    learned = learned_scale(scale, change, 16)
+    assert torch.equal(learned, scale)
+    (learned * torch.tensor([2.0, 3.0])).sum().backward()
+    assert change.grad is not None
+    assert change.grad.tolist() == pytest.approx([2 * 1e-6 / 4, 3 * 5 / 4])
+    assert bool((learned_scale(scale, torch.tensor([-3.0, -3.0]), 16) > 0).all())
+
+
+def conv() -> QuantizedConv:
+    generator = torch.Generator().manual_seed(7)
+    old = nn.Conv2d(3, 5, 3, padding=1)
+    for parameter in old.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    fmt = Int(3)
+    tensors = {f"weight_{name}": t for name, t in fmt.encode(old.weight).items()}
+    layer = quantize_layer(old, tensors, {"weight": format_to_config(fmt), "bias": True, "batch_norm": 1e-5})
+    assert isinstance(layer, QuantizedConv)
+    return layer
+
+
+def test_a_folded_batch_norm_stands_behind_its_convolution_while_it_trains() -> None:
+    layer, x = conv().eval(), torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(8))
+    before, state = layer(x).detach(), copy.deepcopy(layer.state_dict())
+    begin_training(layer)
+    assert isinstance(layer.batch_norm, nn.BatchNorm2d)
+    torch.testing.assert_close(layer(x), before, rtol=1e-5, atol=1e-5)
+    end_training(layer)
+    assert layer.batch_norm is None
+    assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+    begin_training(layer.train())
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (layer(x) - 1).square().mean().backward()
+        optimizer.step()
+    trained = layer.eval()(x).detach()
+    end_training(layer)
+    # Its statistics went into scales and biases: the same but for rounding in float32.
+    torch.testing.assert_close(layer(x), trained, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(trained, before, atol=0.1)
+    assert bool((layer.weight_scale > 0).all())
+
+
+def test_frozen_batch_norms_keep_their_statistics() -> None:
+    layer, x = conv().train(), torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(8))
+    begin_training(layer)
+    layer(x)
+    moved = layer.batch_norm.running_mean.clone()  # type: ignore[union-attr,operator]
+    assert bool(moved.any())
+    freeze_batch_norms(layer)
+    layer(x + 5)
+    assert torch.equal(layer.batch_norm.running_mean, moved)  # type: ignore[union-attr,arg-type]
 
 
 @each_format

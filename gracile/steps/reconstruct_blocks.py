@@ -1,0 +1,262 @@
+"""Blocks of quantized layers whose roundings are chosen together, for what each block gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from gracile.context import Context
+from gracile.data import Batch
+from gracile.formats import Int, Levels
+from gracile.formats.granularity import from_rows, to_rows
+from gracile.graph import Trace, find_blocks
+from gracile.modes import eval_mode
+from gracile.nn import QuantizedLayer
+from gracile.ranges.base import Range
+from gracile.solvers import AdaRound
+from gracile.solvers.adaround import Choice
+from gracile.stats.match import output_error, split_batches
+from gracile.steps.grids import grid_of
+from gracile.steps.sequence import called_once
+
+#: What inputs and outputs of one block may take together; of more calibration batches only the first are used.
+HELD_BYTES = 2 << 30
+
+
+@dataclass
+class Reconstruction:
+    """How blocks came out.
+
+    gains: block -> the error of its output on held-out batches as a share of what it was, of those that gained.
+    before, after: the error of the model's outputs on held-out batches. blocks: how many were tried. kept: whether the
+    blocks that gained are the model's.
+    """
+
+    gains: dict[str, float] = field(default_factory=dict)
+    before: float = 0.0
+    after: float = 0.0
+    blocks: int = 0
+    kept: bool = False
+
+
+def reconstruct_blocks(
+    model: nn.Module,
+    reference: nn.Module,
+    traced: Trace,
+    weights: Mapping[str, Tensor],
+    solver: AdaRound,
+    ranges: Range,
+    context: Context,
+) -> Reconstruction:
+    """Choose the roundings of quantized layers anew, block after block in the order of the forward; in place.
+
+    traced: of the reference. weights: layer -> the float weight that its codes stand for. A block that is no better for
+    it on held-out batches, and in the end the whole model, is put back.
+    """
+    fitted, held_out = split_batches(context.data)
+    found = Reconstruction(before=output_error(model, reference, context.data, held_out))
+    whole = {name: t.clone() for name, t in model.state_dict().items()}
+    order = [name for name in called_once(reference, traced) if _has_grid(model, name, weights, ranges)]
+    blocks = _blocks(reference, order, fitted[0], context)
+    found.blocks = len(blocks)
+    with eval_mode(model, reference), torch.random.fork_rng(devices=[]):
+        for done, (block, layers) in enumerate(blocks.items()):
+            torch.manual_seed(context.generator("reconstruct", block).initial_seed())
+            calls = _Calls(model, reference, block, context)
+            before = {name: t.clone() for name, t in model.get_submodule(block).state_dict().items()}
+            judged = calls.of(held_out)
+            error = _error(model.get_submodule(block), judged)
+            _choose(model, block, {name: weights[name] for name in layers}, calls.of(fitted), solver, ranges)
+            gained = _error(model.get_submodule(block), judged)
+            if gained < error:
+                found.gains[block] = gained / error
+            else:
+                model.get_submodule(block).load_state_dict(before)
+            context.progress("reconstruct", done + 1, len(blocks), block)
+    found.after = output_error(model, reference, context.data, held_out)
+    found.kept = found.after < found.before
+    if not found.kept:
+        model.load_state_dict(whole)
+        found.gains.clear()
+    return found
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One batch at a block: what it gets now, what it got in the original, and what it gave there."""
+
+    present: tuple[Any, Any]
+    original: tuple[Any, Any]
+    target: Tensor
+
+    def part(self, count: int, drop: float) -> tuple[tuple[Any, Any], Tensor]:
+        """Inputs and targets of `count` examples drawn at random, some values of the inputs the original's."""
+        examples = len(self.target)
+        rows = torch.randperm(examples)[:count].to(self.target.device)
+
+        def take(leaf: Any, other: Any = None) -> Any:
+            if not isinstance(leaf, Tensor) or leaf.ndim == 0 or len(leaf) != examples:
+                return leaf
+            if drop == 0 or not leaf.is_floating_point() or leaf.shape != other.shape:
+                return leaf[rows]
+            mine, theirs = leaf[rows], other[rows]
+            return torch.where(torch.rand_like(mine) < drop, theirs, mine)
+
+        return tree_map(take, self.present, self.original), self.target[rows]
+
+
+class _Calls:
+    """Runs of both models, stopped at a block."""
+
+    def __init__(self, model: nn.Module, reference: nn.Module, block: str, context: Context) -> None:
+        self.model, self.reference, self.block, self.context = model, reference, block, context
+
+    @torch.no_grad()
+    def of(self, batches: Sequence[Batch]) -> list[_Call]:
+        """What the block gets and should give on these batches, or on the first of them that there is room for."""
+        calls: list[_Call] = []
+        for batch in batches:
+            present, _ = self._run(self.model, batch)
+            original, target = self._run(self.reference, batch)
+            calls.append(_Call(present, original, target))
+            size = sum(t.nbytes for t in tree_leaves((present, original, target)) if isinstance(t, Tensor))
+            if size * (len(calls) + 1) > HELD_BYTES:
+                break
+        return calls
+
+    def _run(self, model: nn.Module, batch: Batch) -> tuple[tuple[Any, Any], Tensor]:
+        seen: list[Any] = []
+
+        def note(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            copied = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+            seen.extend((copied, _main(output).clone()))
+            raise _Reached
+
+        handle = model.get_submodule(self.block).register_forward_hook(note, with_kwargs=True)
+        try:
+            self.context.data.forward(model, batch)
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        return seen[0], seen[1]
+
+
+class _Reached(BaseException):
+    """The block has run: the rest of the forward is not needed. No `Exception`, which a model might handle."""
+
+
+def _main(output: Any) -> Tensor:
+    """The first tensor of an output."""
+    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+
+
+def _blocks(reference: nn.Module, order: Sequence[str], batch: Batch, context: Context) -> dict[str, list[str]]:
+    """Block -> its layers, in order: residual blocks that are called once, and layers that lie in none by themselves."""
+    residual = [
+        block.name
+        for block in find_blocks(reference, lambda net: context.data.forward(net, batch))
+        if block.reason is None
+    ]
+    blocks: dict[str, list[str]] = {}
+    for layer in order:
+        inside = next((name for name in residual if layer.startswith(f"{name}.")), layer)
+        blocks.setdefault(inside, []).append(layer)
+    return blocks
+
+
+def _has_grid(model: nn.Module, name: str, weights: Mapping[str, Tensor], ranges: Range) -> bool:
+    layer = model.get_submodule(name)
+    return name in weights and isinstance(layer, QuantizedLayer) and grid_of(layer.weight_format, ranges) is not None
+
+
+def _error(block: nn.Module, calls: Sequence[_Call]) -> float:
+    with torch.no_grad():
+        return sum(
+            float((_main(block(*call.present[0], **call.present[1])) - call.target).double().square().sum())
+            for call in calls
+        )
+
+
+def _choose(
+    model: nn.Module,
+    block: str,
+    weights: Mapping[str, Tensor],
+    calls: Sequence[_Call],
+    solver: AdaRound,
+    ranges: Range,
+) -> None:
+    """Set the layers' codes and the scales of their inputs to what serves the block best."""
+    module = model.get_submodule(block)
+    choices: dict[str, Choice] = {}
+    for name, weight in weights.items():
+        layer: Any = model.get_submodule(name)
+        choices[name] = _choice(layer, weight, ranges)
+    start = _error(module, calls) / sum(call.target.numel() for call in calls)
+    if start == 0:
+        return
+    count = sum(choice.step.count_nonzero() for choice in choices.values())
+    with _training(model, choices, solver.drop) as scales, torch.enable_grad():
+        optimizer = torch.optim.Adam(
+            [
+                {"params": [choice.variable for choice in choices.values()], "lr": solver.learning_rate},
+                {"params": scales, "lr": solver.learning_rate / 10},
+            ]
+        )
+        for i in range(solver.iterations):
+            call = calls[int(torch.randint(len(calls), ()))]
+            (args, kwargs), target = call.part(solver.batch_size, solver.drop)
+            loss = (_main(module(*args, **kwargs)) - target).square().mean() / start
+            undecided = [c.undecided(i / solver.iterations) * c.step.count_nonzero() for c in choices.values()]
+            optimizer.zero_grad()
+            (loss + solver.pull * torch.stack(undecided).sum() / count).backward()
+            optimizer.step()
+
+
+@contextmanager
+def _training(model: nn.Module, choices: Mapping[str, Choice], drop: float) -> Iterator[list[nn.Parameter]]:
+    """The layers compute with weights between two grid points within the context, and with rounded ones after it.
+
+    Gives the parameters of the scales of their inputs and outputs.
+    """
+    layers: dict[str, Any] = {name: model.get_submodule(name) for name in choices}
+    scales = []
+    for name, layer in layers.items():
+        layer.begin_training()
+        layer.rounding, layer.drop = choices[name].weight, drop
+        scales += [p for key, p in layer.named_parameters() if key in ("input_scale_change", "output_scale_change")]
+    try:
+        yield scales
+    finally:
+        for name, layer in layers.items():
+            layer.rounding, layer.drop = None, 0.0
+            layer.weight.data = choices[name].rounded().to(layer.weight)
+            layer.end_training()
+
+
+def _choice(layer: QuantizedLayer, weight: Tensor, ranges: Range) -> Choice:
+    """The present grid point of every weight, and the next one on the weight's other side."""
+    fmt = layer.weight_format
+    assert isinstance(fmt, (Int, Levels))
+    grid = grid_of(fmt, ranges)
+    assert grid is not None
+    encoded = layer.encoded_weight()
+    scale = encoded["scale"].reshape(-1, 1)
+    zero = encoded["zero_point"].reshape(-1, 1).float() if "zero_point" in encoded else torch.zeros_like(scale)
+    here = layer.decoded_weight()
+    wanted = weight.detach().to(here)
+    units = (
+        torch.round(to_rows(fmt.granularity, here) / scale)
+        if isinstance(fmt, Int)
+        else (to_rows(fmt.granularity, here) / scale)
+    )
+    other = from_rows(
+        fmt.granularity, grid.second(to_rows(fmt.granularity, wanted), scale, zero, units) * scale, tuple(here.shape)
+    )
+    return Choice(here, torch.where(wanted == 0, here, other), wanted)
