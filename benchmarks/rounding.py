@@ -28,6 +28,10 @@ SOLVERS: dict[str, dict[str, Any]] = {
     "GPTQ": {"solver": gc.solvers.GPTQ()},
     "GPTQ, symmetric target": {"solver": gc.solvers.GPTQ(asymmetry=0.0)},
     "GPTQ, asymmetric target": {"solver": gc.solvers.GPTQ(asymmetry=1.0)},
+    "AdaRound": {"solver": gc.solvers.AdaRound()},
+    "AdaRound from nearest": {"solver": gc.solvers.AdaRound(start=None)},
+    "AdaRound, nothing dropped": {"solver": gc.solvers.AdaRound(drop=0.0)},
+    "AdaRound, asymmetric target": {"solver": gc.solvers.AdaRound(start=gc.solvers.GPTQ(asymmetry=1.0))},
     "GPTQ, not polished": {"solver": gc.solvers.GPTQ(polish=0)},
 }
 

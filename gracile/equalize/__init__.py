@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from gracile.equalize.cross_layer import CrossLayer
-from gracile.equalize.smooth_quant import SmoothQuant
+from gracile.equalize.input_scales import AWQ, InputScales, SmoothQuant
 
-__all__ = ["CrossLayer", "SmoothQuant"]
+__all__ = ["AWQ", "CrossLayer", "InputScales", "SmoothQuant"]

@@ -137,17 +137,22 @@ class TrainsOnGrid(nn.Module, ABC):
     """A layer that can hold its encoded weight as a float parameter for a while."""
 
     @abstractmethod
-    def begin_training(self) -> None: ...
+    def begin_training(self, original: Tensor | None = None) -> None: ...
 
     @abstractmethod
     def end_training(self) -> None: ...
 
 
-def begin_training(model: nn.Module) -> None:
-    """Give every quantized layer of the model float parameters: its weight, rounded in every forward, and its scales."""
-    for module in model.modules():
+def begin_training(model: nn.Module, original: nn.Module | None = None) -> None:
+    """Give every quantized layer float parameters: its weight, rounded in every forward, and its scales.
+
+    original: the model before all compression, whose weights of the same name and shape say where in its cell each
+    weight starts; the function is the same.
+    """
+    weights = {} if original is None else dict(original.named_parameters())
+    for name, module in model.named_modules():
         if isinstance(module, TrainsOnGrid):
-            module.begin_training()
+            module.begin_training(weights.get(f"{name}.weight" if name else "weight"))
 
 
 def end_training(model: nn.Module) -> None:

@@ -13,8 +13,13 @@ from torch import Tensor, nn
 
 from gracile.errors import ConfigError
 from gracile.formats import Format, Int, Levels, PerChannel, PerTensor, format_from_config, format_to_config
+from gracile.formats.granularity import from_rows, to_rows
 from gracile.nn.grid import TrainsOnGrid, input_on_grid, learned_scale, weight_on_grid
 from gracile.nn.ops import decode, quantize_dequantize
+
+
+#: How far from a grid point, in steps, a weight may start to train: not quite the half that would round it elsewhere.
+CELL = 0.49
 
 
 class QuantizedLayer(TrainsOnGrid):
@@ -94,15 +99,37 @@ class QuantizedLayer(TrainsOnGrid):
         """Whether the layer is training on its grid."""
         return self._parameters.get("weight") is not None
 
-    def begin_training(self) -> None:
-        """Hold the weight as a float parameter that every forward puts on the grid, and learn the grids' scales."""
+    def begin_training(self, original: Tensor | None = None) -> None:
+        """Hold the weight as a float parameter that every forward puts on the grid, and learn the grids' scales.
+
+        original: the float weight before all compression; of a weight of the same shape, each value starts where its
+        code's cell is nearest to it, up to a factor for each row, and so nearer to the codes that it might change to.
+        """
         if self.trains:
             return
         weight = self.decoded_weight().clone()
+        if original is not None and original.shape == weight.shape and isinstance(self.weight_format, Int):
+            weight = self._within_cells(weight, self._as_encoded(original.detach().to(weight)))
         for role in self._learned_roles():
             scale: Tensor = getattr(self, f"{role}_scale")
             self.register_parameter(f"{role}_scale_change", nn.Parameter(torch.zeros_like(scale)))
         self._parameters["weight"] = nn.Parameter(weight)
+
+    def _as_encoded(self, original: Tensor) -> Tensor:
+        """An original weight in the coordinates of the one that is encoded."""
+        return original
+
+    def _within_cells(self, weight: Tensor, original: Tensor) -> Tensor:
+        """Of every code's cell the point that is nearest to the original, fitted to the weight row by row."""
+        assert isinstance(self.weight_format, Int)
+        rows, priors = weight.flatten(1), original.flatten(1)
+        factor = (rows * priors).sum(1, keepdim=True) / priors.square().sum(1, keepdim=True).clamp_min(1e-30)
+        granularity, shape = self.weight_format.granularity, self.weight_shape
+        scale: Tensor = self.weight_scale  # type: ignore[assignment]
+        wide = scale.reshape(-1, 1).expand_as(to_rows(granularity, weight))
+        reach = CELL * from_rows(granularity, wide, shape)
+        wanted = torch.where(factor > 0, factor * priors, rows).reshape(shape)
+        return torch.maximum(torch.minimum(wanted, weight + reach), weight - reach)
 
     def end_training(self) -> None:
         """Encode the trained weight on the grid it was trained on; the decoded weight stays exactly what it was."""
@@ -189,6 +216,9 @@ class QuantizedLinear(QuantizedLayer):
         ones = torch.ones(self.in_features, device=old.weight.device)  # type: ignore[arg-type,union-attr]
         self.register_buffer("input_multiplier", ones if config.get("smooth") else None)
 
+    def _as_encoded(self, original: Tensor) -> Tensor:
+        return original if self.input_multiplier is None else original / self.input_multiplier
+
     def on_input_grid(self, x: Tensor) -> Tensor:
         return super().on_input_grid(x if self.input_multiplier is None else x * self.input_multiplier.to(x.dtype))
 
@@ -236,10 +266,10 @@ class QuantizedConv(QuantizedLayer):
         by_channel = getattr(self.weight_format, "granularity", None) == PerChannel(0) and not self.transposed
         self._epsilon = config.get("batch_norm") if by_channel and self.bias is not None else None
 
-    def begin_training(self) -> None:
+    def begin_training(self, original: Tensor | None = None) -> None:
         """As any quantized layer, and with a batch norm whose statistics are still to be restated to what arrives."""
         begun = self.trains
-        super().begin_training()
+        super().begin_training(None if self.transposed else original)
         if begun or self._epsilon is None:
             return
         assert self.bias is not None

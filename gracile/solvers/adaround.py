@@ -24,7 +24,7 @@ START = (0.1, 0.45)
 
 @dataclass(frozen=True)
 class AdaRound(RoundingSolver):
-    """min ‖f(x; s · (a + h (b − a))) − y‖² / ‖f(x; s · a) − y‖² + pull · mean(1 − |2h − 1|^β), h = clip(σ(v) (ζ − γ) + γ)
+    """min ‖f(x; a + h (b − a)) − y‖² / ‖f(x; a) − y‖² + pull · mean(1 − |2h − 1|^β), h = clip(σ(v) (ζ − γ) + γ, 0, 1)
 
     a is the grid point that `start` chose, b the next nearest to the weight on its other side; v is learned by Adam, β
     falls from 20 to 2, and in the end h is rounded to 0 or 1. Layers of a residual block are chosen together for what
@@ -43,7 +43,7 @@ class AdaRound(RoundingSolver):
     learning_rate: float = 1e-2
     batch_size: int = 32
     drop: float = 0.5
-    pull: float = 1.0
+    pull: float = 10.0
     start: GPTQ | None = GPTQ()
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from torch import Tensor, nn
 
 from gracile.context import Context
-from gracile.equalize import CrossLayer, SmoothQuant
+from gracile.equalize import AWQ, CrossLayer, InputScales, SmoothQuant
 from gracile.errors import ConfigError, DataError, NothingChangedError
 from gracile.formats import Format, Scheme
 from gracile.goal import Bytes
@@ -44,7 +44,8 @@ class Quantize(Step):
         data. None: every weight goes to the nearest code.
     ranges: how scales are found from weights and from what calibration saw: MinMax(), Percentile(), MSE().
     equalize: SmoothQuant() moves outliers of a linear layer's input channels into its weight, where that lowers the
-        layer's output error; needs a scheme with an input format. CrossLayer() shares scales out between layers that
+        layer's output error; needs a scheme with an input format. AWQ() scales weights that read large inputs up, in
+        schemes without one. CrossLayer() shares scales out between layers that
         follow each other, where that lowers the output error on held-out batches. None: nothing is moved.
     correct: bias correction afterwards, by the difference to the float model on the calibration batches; kept only if
         the output error on held-out batches falls.
@@ -59,7 +60,7 @@ class Quantize(Step):
     options: tuple[Scheme | Format, ...] = ()
     solver: RoundingSolver | None = None
     ranges: MinMax | Percentile | MSE = MSE()
-    equalize: SmoothQuant | CrossLayer | None = None
+    equalize: SmoothQuant | AWQ | CrossLayer | None = None
     correct: bool = True
     exclude: tuple[str, ...] = ()
 
@@ -67,17 +68,7 @@ class Quantize(Step):
         self._check_schemes()
         if not isinstance(self.ranges, (MinMax, Percentile, MSE)):
             raise ConfigError(f"Quantize(ranges={self.ranges!r}): expected MinMax(), Percentile() or MSE().")
-        if self.equalize is not None and not isinstance(self.equalize, (SmoothQuant, CrossLayer)):
-            raise ConfigError(
-                f"Quantize(equalize={self.equalize!r}): expected equalize.SmoothQuant(), equalize.CrossLayer() or None."
-            )
-        if isinstance(self.equalize, CrossLayer) and self.to is not None:
-            raise ConfigError("Quantize(to=..., equalize=CrossLayer()): is judged by one scheme; leave out one.")
-        if isinstance(self.equalize, SmoothQuant) and (self.to is not None or not self._reads_inputs):
-            raise ConfigError(
-                f"{self.title}, equalize=SmoothQuant(): needs one scheme with an input format; where inputs stay as "
-                f"they are, there is nothing to smooth.\n  Leave equalize out, or use W8A8."
-            )
+        self._check_equalize()
         if self.solver is not None and not isinstance(self.solver, RoundingSolver):
             raise ConfigError(f"Quantize(solver={self.solver!r}): expected a rounding solver, solvers.GPTQ(), or None.")
         check_exclude("Quantize", self.exclude)
@@ -102,6 +93,25 @@ class Quantize(Step):
             raise ConfigError(
                 f"Quantize({self.scheme!r}): not a scheme or a format.{hint}\n"
                 f"  Use W8A8, W8A16, W4A16(group=32) or Int(bits=4)."
+            )
+
+    def _check_equalize(self) -> None:
+        name = type(self.equalize).__name__
+        if self.equalize is not None and not isinstance(self.equalize, (InputScales, CrossLayer)):
+            raise ConfigError(
+                f"Quantize(equalize={self.equalize!r}): expected equalize.SmoothQuant(), AWQ(), CrossLayer() or None."
+            )
+        if self.equalize is not None and self.to is not None:
+            raise ConfigError(f"Quantize(to=..., equalize={name}()): is judged by one scheme; leave out one.")
+        if isinstance(self.equalize, SmoothQuant) and not self._reads_inputs:
+            raise ConfigError(
+                f"{self.title}, equalize=SmoothQuant(): needs a scheme with an input format; where inputs stay as they "
+                f"are, there is nothing to smooth.\n  Use equalize.AWQ(), or W8A8."
+            )
+        if isinstance(self.equalize, AWQ) and self._reads_inputs:
+            raise ConfigError(
+                f"{self.title}, equalize=AWQ(): is for schemes that leave inputs in floating point.\n"
+                f"  Use equalize.SmoothQuant(), or W4A16(group=128)."
             )
 
     @property
@@ -132,7 +142,7 @@ class Quantize(Step):
             reason = "chooses formats by what they do to the outputs"
         elif self.solver is not None:
             reason = f"rounds by what {type(self.solver).__name__} measures"
-        elif isinstance(self.equalize, CrossLayer):
+        elif self.equalize is not None:
             reason = "equalizes layers by what that does to the outputs"
         elif self._options[0].ends is not None:
             reason = "finds the first and the last layer by running the model"
@@ -163,6 +173,8 @@ class Quantize(Step):
             for name in [name for name in layers if name not in encoder.stats]:
                 recorder.skip(name, type(model.get_submodule(name)).__name__, "never called on the calibration batches")
                 layers.remove(name)
+        elif traced is not None:
+            encoder = Encoder(self.ranges, smoothing=self._smooth(model, layers, context, recorder))
         if not layers:
             raise NothingChangedError("Quantize: no layer was quantized.\n  The report's skipped rows say why.")
         chosen = {name: found[0] for name, found in schemes.items()}
@@ -272,14 +284,18 @@ class Quantize(Step):
             f"error on held-out batches {errors[1]:.3g} with it, {errors[0]:.3g} without."
         )
 
+    def _smooth(self, model: nn.Module, layers: list[str], context: Context, recorder: Recorder) -> dict[str, Tensor]:
+        """What divides the inputs of linear layers and multiplies their weights."""
+        if not isinstance(self.equalize, InputScales):
+            return {}
+        return smooth(model, layers, self.equalize, self._options[0], self.ranges, context, recorder)
+
     def _measure(
         self, model: nn.Module, layers: list[str], traced: Trace, context: Context, recorder: Recorder
     ) -> Encoder:
         """The histograms of inputs and outputs, and what smooths them."""
         outputs = layers_with_output_grids(model, layers, traced)
-        smoothing: dict[str, Tensor] = {}
-        if isinstance(self.equalize, SmoothQuant):
-            smoothing = smooth(model, layers, self.equalize, self._options[0], self.ranges, context, recorder)
+        smoothing = self._smooth(model, layers, context, recorder)
         stats = collect_activations(
             model,
             layers,

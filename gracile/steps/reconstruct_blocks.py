@@ -158,7 +158,7 @@ def _main(output: Any) -> Tensor:
 
 
 def _blocks(reference: nn.Module, order: Sequence[str], batch: Batch, context: Context) -> dict[str, list[str]]:
-    """Block -> its layers, in order: residual blocks that are called once, and layers that lie in none by themselves."""
+    """Block -> its layers, in order: residual blocks that are called once; layers that lie in none are blocks."""
     residual = [
         block.name
         for block in find_blocks(reference, lambda net: context.data.forward(net, batch))

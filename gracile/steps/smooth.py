@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gracile.context import Context
-from gracile.equalize import SmoothQuant
+from gracile.equalize import InputScales
 from gracile.formats import Int, Scheme
 from gracile.layer_stats import LayerStats
 from gracile.nn.ops import quantize_dequantize
@@ -23,7 +23,7 @@ from gracile.stats.histogram import StreamingHistogram
 def smooth(
     model: nn.Module,
     layers: Sequence[str],
-    equalize: SmoothQuant,
+    equalize: InputScales,
     scheme: Scheme,
     ranges: Range,
     context: Context,
@@ -47,13 +47,13 @@ def smooth(
     found: dict[str, Tensor] = {}
     for group in same_inputs(stats):
         peak, rows = stats[group[0]].input_peak, stats[group[0]].input_rows
-        assert peak is not None and rows is not None and isinstance(scheme.input, Int)
+        assert peak is not None and rows is not None
         weight = torch.cat([model.get_submodule(name).weight.detach().float() for name in group])  # type: ignore[operator,union-attr]
         scale = equalize(weight, peak, rows, lambda w, x: _rounded(w, x, scheme, ranges))
         if scale is not None:
             found |= dict.fromkeys(group, scale)
     recorder.layers.extend(LayerRow(name=n, kind="Linear", action="smoothed") for n in linear if n in found)
-    recorder.notes.append(f"SmoothQuant: {len(found)} of {len(linear)} linear layers are smoothed.")
+    recorder.notes.append(f"{type(equalize).__name__}: {len(found)} of {len(linear)} linear layers are smoothed.")
     return found
 
 
@@ -78,8 +78,9 @@ def _rounded(weight: Tensor, inputs: Tensor, scheme: Scheme, ranges: Range) -> t
         weight = fmt.decode(fmt.encode(weight, MinMax().weight(weight, fmt)))
     else:
         weight = fmt.decode(fmt.encode(weight))
+    if not isinstance(scheme.input, Int):
+        return weight, inputs
     histogram = StreamingHistogram()
     histogram.update(inputs)
-    assert isinstance(scheme.input, Int)
     scale, zero_point = ranges.activation(histogram.freeze(), scheme.input)
     return weight, quantize_dequantize(inputs, scale.to(inputs), zero_point, scheme.input.qmin, scheme.input.qmax)

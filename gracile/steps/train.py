@@ -94,7 +94,7 @@ def _fit(
     if schedule.mixed_precision and device_of(model).type == "cpu" and not has_bfloat16():
         schedule = replace(schedule, mixed_precision=False)
         recorder.notes.append(f"Trained in float32: this processor ({instruction_set()}) only emulates bfloat16.")
-    begin_training(model)
+    begin_training(model, context.original)
     zeros.follow(model)
     floating = [p for p in model.parameters() if p.is_floating_point()]
     trained = [p for p in floating if p.requires_grad] or floating  # a model frozen altogether is trained altogether

@@ -70,6 +70,36 @@ def test_what_was_trained_is_exactly_what_is_stored(fmt: Format) -> None:
     assert [name for name, _ in model.named_parameters()] == ["0.bias", "2.bias"]
 
 
+@pytest.mark.parametrize("fmt", [Int(2), Int(3, PerGroup(4), symmetric=False), Int(4, PerTensor())], ids=str)
+def test_a_weight_starts_where_its_cell_is_nearest_to_the_original(fmt: Int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    layer, x = nn.Linear(8, 6), torch.randn(5, 8, generator=generator)
+    original = torch.randn(6, 8, generator=generator)
+    layer.weight.data = 3 * original  # folded since
+    tensors = {f"weight_{name}": t for name, t in fmt.encode(layer.weight * 0.9).items()}
+    new = quantize_layer(layer, tensors, {"weight": format_to_config(fmt)})
+    before, decoded = new(x).detach(), new.decoded_weight().clone()
+    new.begin_training(original)
+    assert torch.equal(new(x), before)  # no code has changed
+    held = new.weight.detach()
+    assert float((held - decoded).abs().mean()) > 0
+    rows = decoded.numpy(), original.numpy()
+    factor = (rows[0] * rows[1]).sum(1, keepdims=True) / (rows[1] ** 2).sum(1, keepdims=True)
+    nearer = np.abs(held.numpy() - factor * rows[1]) <= np.abs(decoded.numpy() - factor * rows[1]) + 1e-6
+    assert nearer.all()
+    new.end_training()
+    assert torch.equal(new.decoded_weight(), decoded)
+
+
+def test_an_original_of_another_shape_tells_nothing() -> None:
+    model = net(Int(4))
+    before = copy.deepcopy(model.state_dict())
+    begin_training(model, nn.Sequential(nn.Linear(8, 20), nn.Tanh(), nn.Linear(20, 4)))
+    assert torch.equal(model[0].weight, model[0].decoded_weight())
+    end_training(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_gradients_of_weights_pass_inside_the_grid_and_stop_outside() -> None:
     weight = torch.tensor([[-9.0, -7.6, 0.2, 6.9, 7.4, 8.1]], requires_grad=True)
     scale = torch.tensor(1.0, requires_grad=True)

@@ -1,4 +1,4 @@
-"""SmoothQuant: the formula by NumPy, the function kept, and the choice of α."""
+"""SmoothQuant and AWQ: the formulas by NumPy, the function kept, and the choice of α."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gracile.equalize import SmoothQuant
+from gracile.equalize import AWQ, SmoothQuant
 from gracile.errors import ConfigError
 
 
@@ -96,3 +96,44 @@ def test_a_gain_below_the_minimum_is_not_worth_a_multiplication() -> None:
 def test_impossible_settings_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
         SmoothQuant(**settings)
+
+
+def four_bits(weight: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    step = weight.abs().amax(1, keepdim=True) / 7
+    return torch.round(weight / step).clamp(-7, 7) * step, inputs
+
+
+@pytest.mark.parametrize("alpha", [0.25, 1.0])
+def test_awq_scales_weights_by_the_mean_size_of_what_they_read(alpha: float) -> None:
+    weight, inputs = layer(30)
+    (found,) = AWQ(alphas=(alpha,)).candidates(weight, inputs.abs().amax(0), inputs)
+    expected = np.abs(inputs.double().numpy()).mean(0) ** alpha
+    expected /= np.exp(np.log(expected).mean())
+    np.testing.assert_allclose(found.double().numpy(), expected, rtol=1e-6)  # rounded once to float32
+
+
+def test_awq_lowers_the_error_of_rounded_weights_and_keeps_the_function() -> None:
+    weight, inputs = layer(30)
+    scale = AWQ()(weight, inputs.abs().amax(0), inputs, four_bits)
+    assert scale is not None and float(scale[3]) > 1 and float(scale[11]) > 1
+    exact = inputs.double() @ weight.double().T
+    again = (inputs.double() / scale.double()) @ (weight.double() * scale.double()).T
+    torch.testing.assert_close(again, exact, rtol=1e-12, atol=1e-12)
+    errors = [
+        float((inputs / s @ four_bits(weight * s, inputs)[0].T - exact).square().sum())
+        for s in (scale, torch.ones_like(scale))
+    ]
+    assert errors[0] < 0.7 * errors[1]
+
+
+def test_awq_leaves_inputs_that_are_all_alike() -> None:
+    weight, inputs = layer(1)
+    inputs[:, 7] = 0
+    assert AWQ(minimum_gain=1.1)(weight, inputs.abs().amax(0), inputs, four_bits) is None
+    assert float(AWQ().candidates(weight, inputs.abs().amax(0), inputs)[3][7]) == 1
+
+
+@pytest.mark.parametrize("settings", [{"alphas": ()}, {"alphas": (2.0,)}, {"minimum_gain": 0.9}], ids=str)
+def test_impossible_settings_of_awq_are_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=rf"AWQ\({next(iter(settings))}"):
+        AWQ(**settings)  # type: ignore[arg-type]
