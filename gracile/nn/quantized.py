@@ -17,7 +17,6 @@ from gracile.formats.granularity import from_rows, to_rows
 from gracile.nn.grid import TrainsOnGrid, input_on_grid, learned_scale, weight_on_grid
 from gracile.nn.ops import decode, quantize_dequantize
 
-
 #: How far from a grid point, in steps, a weight may start to train: not quite the half that would round it elsewhere.
 CELL = 0.49
 

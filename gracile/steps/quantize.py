@@ -222,6 +222,7 @@ class Quantize(Step):
     def _record_reconstruction(self, done: Reconstruction, model: nn.Module, recorder: Recorder) -> None:
         title = type(self.solver).__name__
         recorder.numbers["output_error_before_reconstruction"] = done.before
+        recorder.numbers["output_error_reconstructed"] = done.after
         recorder.notes.append(
             f"{title} {'reconstructed' if done.kept else 'was taken back on'} {done.blocks} blocks: output error on "
             f"held-out batches {done.after:.3g} with it, {done.before:.3g} before."

@@ -21,7 +21,7 @@ from gracile.nn import QuantizedLayer
 from gracile.ranges.base import Range
 from gracile.solvers import AdaRound
 from gracile.solvers.adaround import Choice
-from gracile.stats.match import output_error, split_batches
+from gracile.stats.match import match_statistics, output_error, split_batches
 from gracile.steps.grids import grid_of
 from gracile.steps.sequence import called_once
 
@@ -79,8 +79,9 @@ def reconstruct_blocks(
             else:
                 model.get_submodule(block).load_state_dict(before)
             context.progress("reconstruct", done + 1, len(blocks), block)
+    match_statistics(model, reference, context.data, {})  # other codes have other means
     found.after = output_error(model, reference, context.data, held_out)
-    found.kept = found.after < found.before
+    found.kept = bool(found.gains) and found.after < found.before
     if not found.kept:
         model.load_state_dict(whole)
         found.gains.clear()

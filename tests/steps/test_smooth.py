@@ -1,4 +1,4 @@
-"""Quantize with SmoothQuant: what is smoothed, what it gains, and that files and runtimes compute the same."""
+"""Quantize with SmoothQuant and AWQ: what is smoothed, what it gains, and that files and runtimes compute the same."""
 
 from __future__ import annotations
 
@@ -124,8 +124,43 @@ def test_runtimes_compute_the_same_and_share_one_grid(tmp_path: Path, target: gc
         assert nodes.count("Mul") >= len(smoothed - {"key", "value"})
 
 
+def weights_only(equalize: gc.equalize.AWQ | None, solver: gc.solvers.GPTQ | None = None) -> gc.Result:
+    step = gc.Quantize(gc.W4A16(group=8), equalize=equalize, solver=solver, correct=False)
+    return gc.compress(block(), step, gc.Data(calibration=batches(1)))
+
+
+def test_weights_that_read_outliers_are_scaled_up() -> None:
+    original, plain, scaled = block(), weights_only(None), weights_only(gc.equalize.AWQ())
+    rows = {row.name for row in scaled.report.steps[0].layers if row.action == "smoothed"}
+    assert {"query", "key", "value"} <= rows
+    assert error(scaled.model, original) < 0.8 * error(plain.model, original)
+    multiplier = scaled.model.query.input_multiplier
+    others = torch.ones(16, dtype=torch.bool).index_fill_(0, torch.tensor([2, 9]), False)
+    assert float(multiplier[[2, 9]].max()) < float(multiplier[others].min())  # their weights are the larger for it
+
+
+def test_a_solver_rounds_the_scaled_weights() -> None:
+    original, scaled = block(), weights_only(gc.equalize.AWQ())
+    solved = weights_only(gc.equalize.AWQ(), gc.solvers.GPTQ())
+    assert error(solved.model, original) < error(scaled.model, original)
+
+
+@pytest.mark.parametrize("target", [gc.OnnxRuntime(), gc.OpenVINO()], ids=lambda target: target.name)
+def test_scaled_weights_are_saved_and_exported(tmp_path: Path, target: gc.targets.Target) -> None:
+    pytest.importorskip(target.name)
+    result, x = weights_only(gc.equalize.AWQ()), batches(5, 1)[0]
+    result.save(tmp_path / "slim")
+    path = target.export(result.model, x, tmp_path / f"model{target.suffix}")
+    with torch.no_grad():
+        expected = result.model(x)
+        assert torch.equal(gc.load(tmp_path / "slim", block())(x), expected)
+    torch.testing.assert_close(target.run(path, x), expected, rtol=1e-3, atol=1e-4)  # sums in another order
+
+
 def test_a_scheme_that_leaves_inputs_alone_is_refused() -> None:
     with pytest.raises(ConfigError, match="nothing to smooth"):
         gc.Quantize(gc.W8A16, equalize=gc.equalize.SmoothQuant())
+    with pytest.raises(ConfigError, match="leave inputs in floating point"):
+        gc.Quantize(gc.W8A8, equalize=gc.equalize.AWQ())
     with pytest.raises(ConfigError, match="equalize"):
         gc.Quantize(gc.W8A8, equalize=0.5)  # type: ignore[arg-type]

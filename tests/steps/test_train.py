@@ -16,11 +16,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from gracile.context import Context, Progress
 from gracile.data import Data
 from gracile.errors import DataError
-from gracile.formats import Int, PerChannel
+from gracile.formats import Int, PerChannel, PerTensor
 from gracile.losses import cross_entropy
+from gracile.nn import begin_training, end_training
 from gracile.recipe import Recorder
 from gracile.steps import SGD, AdamW, Distill, Finetune, Quantize
-from gracile.steps.train import Schedule, train
+from gracile.steps.train import Schedule, _groups, train
 from gracile.steps.training_data import Split, split_training
 
 
@@ -211,7 +212,7 @@ def test_zeros_stay_exactly_zero_and_the_rest_is_trained(kind: Any, optimizer: A
         assert bool((after != before[name])[~zeros].all())
 
 
-def test_quantized_layers_stay_on_their_grids_with_their_zeros() -> None:
+def test_quantized_layers_learn_their_grids_and_keep_what_was_pruned() -> None:
     model = pruned()
     ctx = context(net(3))
     zeros = {name: model.get_parameter(name) == 0 for name in ("0.weight", "4.weight")}
@@ -220,7 +221,7 @@ def test_quantized_layers_stay_on_their_grids_with_their_zeros() -> None:
     codes = model[0].weight_codes.clone()
     Distill(epochs=2, optimizer=AdamW(2e-2), held_out=0)(model, ctx)
     for name, value in scales.items():
-        assert torch.equal(model.state_dict()[name], value)
+        assert not torch.equal(model.state_dict()[name], value) and bool((model.state_dict()[name] > 0).all())
     assert not torch.equal(model[0].weight_codes, codes)
     for name, mask in zeros.items():
         layer: Any = model.get_submodule(name[0])
@@ -229,6 +230,29 @@ def test_quantized_layers_stay_on_their_grids_with_their_zeros() -> None:
         steps = (weight / layer.weight_scale[:, None]).numpy()
         np.testing.assert_allclose(steps, np.round(steps), atol=1e-4)  # a quotient of float32 numbers up to 8
         assert not layer.trains and "weight" not in dict(layer.named_parameters())
+
+
+def test_weights_that_rounding_made_zero_may_change() -> None:
+    """Only pruned ones stay; in two bits half of all codes are zero, and rows of nothing else say nothing."""
+    model, ctx = net(), context(net(3))
+    model[0].weight.data[3] = 1e-9  # not zero, and yet a row of nothing but zeros once it is rounded
+    Quantize(Int(2, PerTensor()))(model, ctx)
+    zeros = model[0].decoded_weight() == 0
+    assert 0.2 < float(zeros.float().mean()) < 1 and bool(zeros[3].all())
+    Distill(epochs=2, optimizer=AdamW(5e-2), held_out=0)(model, ctx)
+    weight = model[0].decoded_weight()
+    assert bool((weight[zeros] != 0).any()) and not bool(weight[3].any())
+
+
+def test_scales_do_not_decay() -> None:
+    model, ctx = net(), context(net(3))
+    Quantize(Int(4, PerTensor()), correct=False)(model, ctx)
+    begin_training(model)
+    groups = _groups(model, list(model.parameters()))
+    learned = [name for name, _ in model.named_parameters() if name.endswith("scale_change")]
+    assert len(learned) == len(groups[1]["params"]) == 2 and groups[1]["weight_decay"] == 0
+    assert len(groups[0]["params"]) + 2 == len(list(model.parameters()))
+    end_training(model)
 
 
 def test_flags_modes_and_gradients_are_as_before_also_after_an_error() -> None:
