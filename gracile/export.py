@@ -17,7 +17,7 @@ from gracile.evaluate.latency import Latency, measure_latency
 from gracile.evaluate.parity import Parity, measure_parity
 from gracile.formats import Int
 from gracile.modes import eval_mode
-from gracile.nn import QuantizedLayer
+from gracile.nn import QuantizedLayer, QuantizedRecurrent
 from gracile.targets.base import Target
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def export(
 
 
 def _notes(model: nn.Module) -> tuple[str, ...]:
-    """What 8-bit weights meet on a processor whose kernels add two products in 16 bits."""
+    """What the file does not keep in few bits, and 8-bit weights where kernels add two products in 16 bits."""
     overflowing = [
         name
         for name, layer in model.named_modules()
@@ -104,9 +104,16 @@ def _notes(model: nn.Module) -> tuple[str, ...]:
         and isinstance(layer.weight_format, Int)
         and (layer.weight_format.bits, layer.weight_format.symmetric) == (8, True)
     ]
-    if not overflowing or has_int8_dot_product():
-        return ()
-    return (
-        f"{len(overflowing)} layers have 8-bit weights beside 8-bit inputs. This processor has no VNNI: its kernels "
-        f"add two products in 16 bits, which such weights overflow. Quantize with gracile.formats.W7A8 for it.",
-    )
+    recurrent = [name for name, layer in model.named_modules() if isinstance(layer, QuantizedRecurrent)]
+    notes = []
+    if recurrent:
+        notes.append(
+            f"The weights of {', '.join(recurrent)} are decoded in the file: no runtime computes recurrent layers in "
+            f"few bits. They are small in the saved model only."
+        )
+    if overflowing and not has_int8_dot_product():
+        notes.append(
+            f"{len(overflowing)} layers have 8-bit weights beside 8-bit inputs. This processor has no VNNI: its "
+            f"kernels add two products in 16 bits, which such weights overflow. Quantize with gracile.formats.W7A8."
+        )
+    return tuple(notes)

@@ -11,16 +11,29 @@ from gracile.errors import ArtifactError
 from gracile.nn.factorized import Factorized, FactorizedConv, FactorizedLinear, compose, factorized_kind
 from gracile.nn.grid import begin_training, end_training, freeze_batch_norms
 from gracile.nn.quantized import QuantizedConv, QuantizedEmbedding, QuantizedLayer, QuantizedLinear, quantized_kind
+from gracile.nn.recurrent import (
+    EncodedWeight,
+    QuantizedGRU,
+    QuantizedLSTM,
+    QuantizedRecurrent,
+    QuantizedRNN,
+    recurrent_kind,
+)
 from gracile.nn.skip import Skip
 
 __all__ = [
+    "EncodedWeight",
     "Factorized",
     "FactorizedConv",
     "FactorizedLinear",
     "QuantizedConv",
     "QuantizedEmbedding",
+    "QuantizedGRU",
+    "QuantizedLSTM",
     "QuantizedLayer",
     "QuantizedLinear",
+    "QuantizedRNN",
+    "QuantizedRecurrent",
     "Skip",
     "begin_training",
     "build_layer",
@@ -30,6 +43,7 @@ __all__ = [
     "freeze_batch_norms",
     "quantize_layer",
     "quantized_kind",
+    "recurrent_kind",
 ]
 
 _LAYERS: dict[str, Callable[[Any, dict[str, Any]], nn.Module]] = {
@@ -38,14 +52,18 @@ _LAYERS: dict[str, Callable[[Any, dict[str, Any]], nn.Module]] = {
     "QuantizedLinear": QuantizedLinear,
     "QuantizedConv": QuantizedConv,
     "QuantizedEmbedding": QuantizedEmbedding,
+    "QuantizedLSTM": QuantizedLSTM,
+    "QuantizedGRU": QuantizedGRU,
+    "QuantizedRNN": QuantizedRNN,
 }
 
 
 def build_layer(layer: str, config: dict[str, Any], old: nn.Module) -> nn.Module:
     """The layer named, with its configuration, taking shapes, bias and device from the layer it replaces.
 
-    layer: "QuantizedLinear", "QuantizedConv", "QuantizedEmbedding", "FactorizedLinear", "FactorizedConv" (their values
-        still to be set or loaded), or "Identity" for a batch norm folded away, "Skip" for a residual block left out.
+    layer: "QuantizedLinear", "QuantizedConv", "QuantizedEmbedding", "QuantizedLSTM", "QuantizedGRU", "QuantizedRNN",
+        "FactorizedLinear", "FactorizedConv" (their values still to be set or loaded), or "Identity" for a batch norm
+        folded away, "Skip" for a residual block left out.
         Anything else raises ArtifactError.
     """
     if layer == "Identity":

@@ -152,7 +152,8 @@ def begin_training(model: nn.Module, original: nn.Module | None = None) -> None:
     weights = {} if original is None else dict(original.named_parameters())
     for name, module in model.named_modules():
         if isinstance(module, TrainsOnGrid):
-            module.begin_training(weights.get(f"{name}.weight" if name else "weight"))
+            own, recurrent = f"{name}.weight" if name else "weight", name.replace(".encoded.", ".")
+            module.begin_training(weights.get(own, weights.get(recurrent)))
 
 
 def end_training(model: nn.Module) -> None:

@@ -253,7 +253,7 @@ class QuantizedConv(QuantizedLayer):
     of the output channels and the bias when training ends, which is exact but for rounding in float32.
     """
 
-    batch_norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | None
+    batch_norm: Any  # a batch norm while it trains, else None
 
     def __init__(self, old: nn.Module, config: dict[str, Any]) -> None:
         """config: as in `QuantizedLayer`; {"batch_norm": eps} says that a batch norm of this ε was folded into it."""
@@ -272,11 +272,11 @@ class QuantizedConv(QuantizedLayer):
         if begun or self._epsilon is None:
             return
         assert self.bias is not None
-        norm = _BATCH_NORMS[len(self.kernel_size)](self._outputs(self), eps=float(self._epsilon))
+        norm: Any = _BATCH_NORMS[len(self.kernel_size)](self._outputs(self), eps=float(self._epsilon))
         norm.to(self.bias).train(self.training)
         gain = self._unfold()
         with torch.no_grad():
-            norm.weight.copy_(gain * (norm.running_var + norm.eps).sqrt())  # type: ignore[operator]
+            norm.weight.copy_(gain * (norm.running_var + norm.eps).sqrt())
             norm.bias.copy_(self.bias)
         self.batch_norm = norm
 
@@ -302,9 +302,9 @@ class QuantizedConv(QuantizedLayer):
         if norm is None:
             return
         with torch.no_grad():
-            factor = norm.weight / (norm.running_var + norm.eps).sqrt()  # type: ignore[operator]
+            factor = norm.weight / (norm.running_var + norm.eps).sqrt()
             self._buffers["weight_scale"] = self.weight_scale * factor.to(self.weight_scale)
-            self.bias.copy_(norm.bias - norm.running_mean * factor)  # type: ignore[union-attr,operator]
+            self.bias.copy_(norm.bias - norm.running_mean * factor)  # type: ignore[union-attr]
 
     def forward(self, input: Tensor) -> Tensor:
         x = self.on_input_grid(input)

@@ -25,8 +25,9 @@ from gracile.steps.equalize_layers import equalize_layers
 from gracile.steps.fold import fold_batch_norms
 from gracile.steps.mixed_precision import choose_schemes
 from gracile.steps.quantize_layers import Encoder, layers_with_output_grids, quantizable
-from gracile.steps.reconstruct_blocks import Reconstruction, reconstruct_blocks
-from gracile.steps.round_layers import Rounding, round_in_sequence
+from gracile.steps.quantize_recurrent import check_recurrent, quantize_recurrent
+from gracile.steps.reconstruct_blocks import reconstruct_blocks, record_reconstruction
+from gracile.steps.round_layers import record_rounding, round_in_sequence
 from gracile.steps.smooth import smooth
 from gracile.surgery import Swap
 
@@ -51,7 +52,9 @@ class Quantize(Step):
         the output error on held-out batches falls.
     exclude: name patterns of layers that stay as they are.
 
-    With an input format, a batch norm behind a convolution is folded into it first, as integer kernels need it.
+    With an input format, a batch norm behind a convolution is folded into it first, as integer kernels need it; what
+    such a layer gives a sum or the like takes 8 bits, since no kernel adds in fewer. LSTMs, GRUs and RNNs take the
+    scheme's weight format, each weight its nearest code, and compute in floating point.
     """
 
     scheme: Scheme | Format | None = None
@@ -154,7 +157,8 @@ class Quantize(Step):
     def __call__(self, model: nn.Module, context: Context) -> StepRecord:
         self.check(model, context)
         recorder = Recorder(self)
-        layers = quantizable(model, self.exclude, context, recorder)
+        layers, recurrent = self._quantizable(model, context, recorder)
+        check_recurrent(model, recurrent, self._options[0].weight)
         schemes = self._schemes(model, layers, context)
         encoder = Encoder(self.ranges)
         for name in layers:  # refuses before any change
@@ -175,7 +179,7 @@ class Quantize(Step):
                 layers.remove(name)
         elif traced is not None:
             encoder = Encoder(self.ranges, smoothing=self._smooth(model, layers, context, recorder))
-        if not layers:
+        if not layers and not recurrent:
             raise NothingChangedError("Quantize: no layer was quantized.\n  The report's skipped rows say why.")
         chosen = {name: found[0] for name, found in schemes.items()}
         if self.to is not None and traced is not None:
@@ -183,11 +187,25 @@ class Quantize(Step):
             chosen = choose_schemes(model, traced, options, self.to, encoder, self.solver, context, recorder)
         for name in layers:
             encoder.swap(model, name, chosen[name], recorder)
+        quantize_recurrent(model, recurrent, self._options[0].weight, self.ranges, recorder)
         if reference is not None and traced is not None and self.solver is not None:
             self._round(model, reference, traced, layers, encoder, context, recorder)
         if reference is not None and self.correct:
             correct_statistics(model, reference, context, recorder, {})
         return recorder.record()
+
+    def _quantizable(self, model: nn.Module, context: Context, recorder: Recorder) -> tuple[list[str], list[str]]:
+        """The layers to quantize, and the recurrent ones, which have one format only and no choice of it."""
+        layers, recurrent = quantizable(model, self.exclude, context, recorder)
+        if self.to is None:
+            return layers, recurrent
+        for name in recurrent:
+            recorder.skip(name, type(model.get_submodule(name)).__name__, "has no choice of formats; give it a step")
+        if not layers:
+            raise NothingChangedError(
+                "Quantize(to=...): only recurrent layers are left, which have no choice of formats."
+            )
+        return layers, []
 
     def _schemes(self, model: nn.Module, layers: list[str], context: Context) -> dict[str, tuple[Scheme, ...]]:
         """The scheme of each layer, or those there are to choose from."""
@@ -214,39 +232,10 @@ class Quantize(Step):
         weights = {name: encoder.weight(name, reference.get_submodule(name)) for name in layers}
         if solver is not None:
             done = round_in_sequence(model, reference, traced, weights, solver, self.ranges, context)
-            self._record_rounding(done, type(solver).__name__, recorder)
+            record_rounding(done, type(solver).__name__, recorder)
         if isinstance(self.solver, AdaRound):
-            reconstructed = reconstruct_blocks(model, reference, traced, weights, self.solver, self.ranges, context)
-            self._record_reconstruction(reconstructed, model, recorder)
-
-    def _record_reconstruction(self, done: Reconstruction, model: nn.Module, recorder: Recorder) -> None:
-        title = type(self.solver).__name__
-        recorder.numbers["output_error_before_reconstruction"] = done.before
-        recorder.numbers["output_error_reconstructed"] = done.after
-        recorder.notes.append(
-            f"{title} {'reconstructed' if done.kept else 'was taken back on'} {done.blocks} blocks: output error on "
-            f"held-out batches {done.after:.3g} with it, {done.before:.3g} before."
-        )
-        for block, gain in done.gains.items():
-            reason = f"{title}: {gain:.3g} of its output error before"
-            kind = type(model.get_submodule(block)).__name__
-            recorder.layers.append(LayerRow(name=block, kind=kind, action="reconstructed", reason=reason))
-
-    def _record_rounding(self, done: Rounding, title: str, recorder: Recorder) -> None:
-        if done.gains:
-            recorder.numbers["output_error_nearest"] = done.nearest_error
-            recorder.notes.append(
-                f"{title} {'rounded' if done.kept else 'was taken back on'} {len(done.gains)} layers: output error on "
-                f"held-out batches {done.error:.3g} with it, {done.nearest_error:.3g} by rounding to nearest."
-            )
-        else:
-            recorder.notes.append(f"{title} can round none of these layers: all are rounded to nearest.")
-        for i, row in enumerate(recorder.layers):
-            if row.name in done.skipped and row.action == "quantized":
-                recorder.layers[i] = replace(row, reason=f"rounded to nearest: {done.skipped[row.name]}")
-            elif done.kept and row.name in done.gains and row.action == "quantized":
-                reason = f"{title}: {done.gains[row.name]:.3g} of the output error of rounding to nearest"
-                recorder.layers[i] = replace(row, error=done.errors[row.name], reason=reason)
+            blocks = reconstruct_blocks(model, reference, traced, weights, self.solver, self.ranges, context)
+            record_reconstruction(blocks, type(self.solver).__name__, model, recorder)
 
     def _fold(self, model: nn.Module, layers: list[str], context: Context, recorder: Recorder) -> dict[str, float]:
         """Fold batch norms into the layers before them; layer -> ε."""

@@ -14,7 +14,7 @@ from gracile.errors import ConfigError, DataError, NothingChangedError
 from gracile.formats import Format, Int, PerChannel, Scheme, format_to_config
 from gracile.graph import Trace
 from gracile.layer_stats import LayerStats
-from gracile.nn import QuantizedLayer, quantize_layer, quantized_kind
+from gracile.nn import QuantizedLayer, quantize_layer, quantized_kind, recurrent_kind
 from gracile.ranges.base import Range
 from gracile.recipe import Recorder
 from gracile.report.model import LayerRow
@@ -26,8 +26,13 @@ from gracile.surgery import Swap, apply
 ABSORBED = frozenset({"relu", "hardtanh", "clamp", "relu6"})
 
 
-def quantizable(model: nn.Module, exclude: tuple[str, ...], context: Context, recorder: Recorder) -> list[str]:
-    """Names of the selected layers for which there is a quantized one; others are recorded with the reason."""
+def quantizable(
+    model: nn.Module, exclude: tuple[str, ...], context: Context, recorder: Recorder
+) -> tuple[list[str], list[str]]:
+    """Names of the selected layers for which there is a quantized one, and of the recurrent ones among the selected.
+
+    Others are recorded with the reason.
+    """
     select = (context.select or Select()).without(*exclude)
     weighted = [
         (name, m)
@@ -36,12 +41,14 @@ def quantizable(model: nn.Module, exclude: tuple[str, ...], context: Context, re
     ]
     Select(exclude=exclude).check([name for name, _ in weighted])
     shared = shared_weights(model)
-    chosen = []
+    chosen, recurrent = [], []
     for name, module in weighted:
         if not select.matches(name):
             continue
         if isinstance(module, QuantizedLayer):
             recorder.skip(name, type(module).__name__, "quantized already")
+        elif name and recurrent_kind(module) is not None:
+            recurrent.append(name)
         elif quantized_kind(module) is None:
             recorder.skip(name, type(module).__name__, f"no quantized layer stands for a {type(module).__name__}")
         elif not name:
@@ -50,12 +57,12 @@ def quantizable(model: nn.Module, exclude: tuple[str, ...], context: Context, re
             recorder.skip(name, type(module).__name__, f"shares its weight with '{shared[name]}'")
         else:
             chosen.append(name)
-    if not chosen:
+    if not chosen and not recurrent:
         reasons = [f"{row.name}: {row.reason}" for row in recorder.layers[:5]]
         raise NothingChangedError(
             "Quantize: no layer can be quantized.\n  " + ("\n  ".join(reasons) or "The selection holds none.")
         )
-    return chosen
+    return chosen, recurrent
 
 
 @dataclass

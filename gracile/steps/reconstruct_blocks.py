@@ -19,6 +19,8 @@ from gracile.graph import Trace, find_blocks
 from gracile.modes import eval_mode
 from gracile.nn import QuantizedLayer
 from gracile.ranges.base import Range
+from gracile.recipe import Recorder
+from gracile.report.model import LayerRow
 from gracile.solvers import AdaRound
 from gracile.solvers.adaround import Choice
 from gracile.stats.match import match_statistics, output_error, split_batches
@@ -86,6 +88,20 @@ def reconstruct_blocks(
         model.load_state_dict(whole)
         found.gains.clear()
     return found
+
+
+def record_reconstruction(done: Reconstruction, title: str, model: nn.Module, recorder: Recorder) -> None:
+    """A note and numbers of the whole, and a row for each block that gained."""
+    recorder.numbers["output_error_before_reconstruction"] = done.before
+    recorder.numbers["output_error_reconstructed"] = done.after
+    recorder.notes.append(
+        f"{title} {'reconstructed' if done.kept else 'was taken back on'} {done.blocks} blocks: output error on "
+        f"held-out batches {done.after:.3g} with it, {done.before:.3g} before."
+    )
+    for block, gain in done.gains.items():
+        kind = type(model.get_submodule(block)).__name__
+        reason = f"{title}: {gain:.3g} of its output error before"
+        recorder.layers.append(LayerRow(name=block, kind=kind, action="reconstructed", reason=reason))
 
 
 @dataclass(frozen=True)

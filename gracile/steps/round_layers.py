@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from gracile.graph import Trace
 from gracile.modes import eval_mode
 from gracile.nn import QuantizedLayer
 from gracile.ranges.base import Range
+from gracile.recipe import Recorder
 from gracile.solvers import RoundingSolver
 from gracile.solvers.rounding import Rounded, rounding_problem
 from gracile.stats.match import output_error, split_batches
@@ -92,6 +93,24 @@ def round_in_sequence(
         for name, state in before.items():
             model.get_submodule(name).load_state_dict(state)
     return found
+
+
+def record_rounding(done: Rounding, title: str, recorder: Recorder) -> None:
+    """Say of the quantized layers' rows what the solver made of them."""
+    if done.gains:
+        recorder.numbers["output_error_nearest"] = done.nearest_error
+        recorder.notes.append(
+            f"{title} {'rounded' if done.kept else 'was taken back on'} {len(done.gains)} layers: output error on "
+            f"held-out batches {done.error:.3g} with it, {done.nearest_error:.3g} by rounding to nearest."
+        )
+    else:
+        recorder.notes.append(f"{title} can round none of these layers: all are rounded to nearest.")
+    for i, row in enumerate(recorder.layers):
+        if row.name in done.skipped and row.action == "quantized":
+            recorder.layers[i] = replace(row, reason=f"rounded to nearest: {done.skipped[row.name]}")
+        elif done.kept and row.name in done.gains and row.action == "quantized":
+            reason = f"{title}: {done.gains[row.name]:.3g} of the output error of rounding to nearest"
+            recorder.layers[i] = replace(row, error=done.errors[row.name], reason=reason)
 
 
 def solvable(reference: nn.Module, traced: Trace, layers: Iterable[str]) -> dict[str, str | None]:

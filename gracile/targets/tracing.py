@@ -15,13 +15,21 @@ from torch import Tensor, nn
 
 from gracile.data import batch_size
 from gracile.errors import GracileError, ModelError
-from gracile.nn import end_training
+from gracile.nn import QuantizedRecurrent, end_training
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """A float32 copy on the CPU in evaluation mode, its weights encoded, without caches between calls."""
+    """A float32 copy on the CPU in evaluation mode, its weights encoded, without caches between calls.
+
+    Recurrent layers have decoded weights: no runtime computes them in few bits, and all are slow with weights that are
+    no constants.
+    """
     plain = copy.deepcopy(model).cpu().float().eval()
     end_training(plain)
+    for parent in list(plain.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, QuantizedRecurrent):
+                setattr(parent, name, child.to_float())
     for parameter in plain.parameters():
         parameter.requires_grad_(False)
     config = getattr(plain, "config", None)
