@@ -18,8 +18,9 @@ help:
 demo: $(VENV)/.demo
 	$(BIN)/gracile demo
 
+# Files are shared out to as many processes as there are cores, up to four: each holds PyTorch and a few runtimes.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
 test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest

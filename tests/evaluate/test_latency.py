@@ -18,6 +18,7 @@ def sleeper(milliseconds: float) -> Callable[[], None]:
     return lambda: time.sleep(milliseconds / 1e3)
 
 
+@pytest.mark.timed
 def test_a_call_of_half_the_time_is_twice_as_fast() -> None:
     found = measure_latency({"slow": sleeper(8), "fast": sleeper(4)}, rounds=15)
     # sleeping lasts at least as asked, and on a busy machine somewhat longer
