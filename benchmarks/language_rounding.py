@@ -7,16 +7,19 @@ stories260k, all linear layers of its blocks on asymmetric grids; the tied embed
 of 256 tokens of the training stories. Perplexity on the test stories in windows of 512; share = (nearest by min-max −
 found) / (nearest by min-max − float). "published GPTQ" is the algorithm of arXiv:2210.17323 with its clipping of the
 grid and activation order, on the same moments. --epochs tunes codes, scales, norms and biases of each variant but the
-first end to end afterwards, by soft labels of the float model on the training stories.
+first end to end afterwards, by soft labels of the float model on the training stories. HQQ is what its own optimizer
+does at its defaults, with zero points in float32 (`pip install --no-deps --no-build-isolation hqq termcolor`).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 import gracile as gc
@@ -29,6 +32,7 @@ CASES = {
     "w3row": gc.Int(3, PerChannel(0), symmetric=False),
     "w2g32": gc.Int(2, PerGroup(32), symmetric=False),
 }
+EXCLUDED = ("lm.model.embed_tokens", "lm.lm_head")
 PUBLISHED = gc.solvers.GPTQ(beam=1, polish=0, rounds=1, asymmetry=0.0)
 VARIANTS = {
     "nearest by min-max": {"ranges": gc.ranges.MinMax()},
@@ -43,10 +47,34 @@ VARIANTS = {
 }
 
 
+#: The peer that is not a setting of `Quantize`.
+HQQ = "HQQ"
+
+
+@torch.no_grad()
+def by_hqq(model: nn.Module, fmt: gc.Int) -> nn.Module:
+    """A copy whose linear layers, but the head, hold what HQQ makes of them on the same groups."""
+    from hqq.core.optimize import optimize_weights_proximal_legacy
+
+    changed, top = copy.deepcopy(model), 2**fmt.bits - 1
+    for name, layer in changed.named_modules():
+        if not isinstance(layer, nn.Linear) or name in EXCLUDED:
+            continue
+        size = fmt.granularity.size if isinstance(fmt.granularity, PerGroup) else layer.in_features
+        parts = []
+        for rows in layer.weight.split(size, dim=1):
+            low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+            scale = (top / (high - low)).clamp(max=2e4)
+            codes, scale, zero = optimize_weights_proximal_legacy(rows, scale, -low * scale, [0, top], axis=1)
+            parts.append((codes - zero) / scale)
+        layer.weight.copy_(torch.cat(parts, dim=1))
+    return changed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, HQQ], default=list(VARIANTS))
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--epochs", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -68,7 +96,13 @@ def main() -> None:
         worst = None
         for name in args.variants:
             start = time.perf_counter()
-            step = gc.Quantize(CASES[case], exclude=("lm.model.embed_tokens", "lm.lm_head"), **VARIANTS[name])
+            if name == HQQ:
+                found = perplexity(by_hqq(model, CASES[case]))
+                row = {"case": case, "variant": name, "perplexity": found}
+                assert worst is not None, "the variant that shares are counted from comes first"
+                print(json.dumps(row | {"share": round((worst - found) / (worst - whole), 3)}), flush=True)
+                continue
+            step = gc.Quantize(CASES[case], exclude=EXCLUDED, **VARIANTS[name])
             tuned = bool(args.epochs) and worst is not None
             recipe = gc.Recipe(step, tune) if tuned else step
             result = gc.compress(model, recipe, data, seed=args.seed)
