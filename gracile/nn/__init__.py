@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from gracile.errors import ArtifactError
 from gracile.nn.factorized import Factorized, FactorizedConv, FactorizedLinear, compose, factorized_kind
 from gracile.nn.grid import begin_training, end_training, freeze_batch_norms
-from gracile.nn.quantized import QuantizedConv, QuantizedEmbedding, QuantizedLayer, QuantizedLinear, quantized_kind
+from gracile.nn.quantized import QuantizedLayer
+from gracile.nn.quantized_kinds import QuantizedConv, QuantizedEmbedding, QuantizedLinear, quantized_kind
 from gracile.nn.recurrent import (
     EncodedWeight,
     QuantizedGRU,

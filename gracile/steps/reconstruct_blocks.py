@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from gracile.context import Context
 from gracile.data import Batch
@@ -24,11 +23,9 @@ from gracile.report.model import LayerRow
 from gracile.solvers import AdaRound
 from gracile.solvers.adaround import Choice
 from gracile.stats.match import match_statistics, output_error, split_batches
+from gracile.steps.block_calls import Call, Calls, main_output
 from gracile.steps.grids import grid_of
 from gracile.steps.sequence import called_once
-
-#: What inputs and outputs of one block may take together; of more calibration batches only the first are used.
-HELD_BYTES = 2 << 30
 
 
 @dataclass
@@ -70,7 +67,7 @@ def reconstruct_blocks(
     with eval_mode(model, reference), torch.random.fork_rng(devices=[]):
         for done, (block, layers) in enumerate(blocks.items()):
             torch.manual_seed(context.generator("reconstruct", block).initial_seed())
-            calls = _Calls(model, reference, block, context)
+            calls = Calls(model, reference, block, context)
             before = {name: t.clone() for name, t in model.get_submodule(block).state_dict().items()}
             judged = calls.of(held_out)
             error = _error(model.get_submodule(block), judged)
@@ -104,76 +101,6 @@ def record_reconstruction(done: Reconstruction, title: str, model: nn.Module, re
         recorder.layers.append(LayerRow(name=block, kind=kind, action="reconstructed", reason=reason))
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One batch at a block: what it gets now, what it got in the original, and what it gave there."""
-
-    present: tuple[Any, Any]
-    original: tuple[Any, Any]
-    target: Tensor
-
-    def part(self, count: int, drop: float) -> tuple[tuple[Any, Any], Tensor]:
-        """Inputs and targets of `count` examples drawn at random, some values of the inputs the original's."""
-        examples = len(self.target)
-        rows = torch.randperm(examples)[:count].to(self.target.device)
-
-        def take(leaf: Any, other: Any = None) -> Any:
-            if not isinstance(leaf, Tensor) or leaf.ndim == 0 or len(leaf) != examples:
-                return leaf
-            if drop == 0 or not leaf.is_floating_point() or leaf.shape != other.shape:
-                return leaf[rows]
-            mine, theirs = leaf[rows], other[rows]
-            return torch.where(torch.rand_like(mine) < drop, theirs, mine)
-
-        return tree_map(take, self.present, self.original), self.target[rows]
-
-
-class _Calls:
-    """Runs of both models, stopped at a block."""
-
-    def __init__(self, model: nn.Module, reference: nn.Module, block: str, context: Context) -> None:
-        self.model, self.reference, self.block, self.context = model, reference, block, context
-
-    @torch.no_grad()
-    def of(self, batches: Sequence[Batch]) -> list[_Call]:
-        """What the block gets and should give on these batches, or on the first of them that there is room for."""
-        calls: list[_Call] = []
-        for batch in batches:
-            present, _ = self._run(self.model, batch)
-            original, target = self._run(self.reference, batch)
-            calls.append(_Call(present, original, target))
-            size = sum(t.nbytes for t in tree_leaves((present, original, target)) if isinstance(t, Tensor))
-            if size * (len(calls) + 1) > HELD_BYTES:
-                break
-        return calls
-
-    def _run(self, model: nn.Module, batch: Batch) -> tuple[tuple[Any, Any], Tensor]:
-        seen: list[Any] = []
-
-        def note(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            copied = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
-            seen.extend((copied, _main(output).clone()))
-            raise _Reached
-
-        handle = model.get_submodule(self.block).register_forward_hook(note, with_kwargs=True)
-        try:
-            self.context.data.forward(model, batch)
-        except _Reached:
-            pass
-        finally:
-            handle.remove()
-        return seen[0], seen[1]
-
-
-class _Reached(BaseException):
-    """The block has run: the rest of the forward is not needed. No `Exception`, which a model might handle."""
-
-
-def _main(output: Any) -> Tensor:
-    """The first tensor of an output."""
-    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
-
-
 def _blocks(reference: nn.Module, order: Sequence[str], batch: Batch, context: Context) -> dict[str, list[str]]:
     """Block -> its layers, in order: residual blocks that are called once; layers that lie in none are blocks."""
     residual = [
@@ -193,10 +120,10 @@ def _has_grid(model: nn.Module, name: str, weights: Mapping[str, Tensor], ranges
     return name in weights and isinstance(layer, QuantizedLayer) and grid_of(layer.weight_format, ranges) is not None
 
 
-def _error(block: nn.Module, calls: Sequence[_Call]) -> float:
+def _error(block: nn.Module, calls: Sequence[Call]) -> float:
     with torch.no_grad():
         return sum(
-            float((_main(block(*call.present[0], **call.present[1])) - call.target).double().square().sum())
+            float((main_output(block(*call.present[0], **call.present[1])) - call.target).double().square().sum())
             for call in calls
         )
 
@@ -205,7 +132,7 @@ def _choose(
     model: nn.Module,
     block: str,
     weights: Mapping[str, Tensor],
-    calls: Sequence[_Call],
+    calls: Sequence[Call],
     solver: AdaRound,
     ranges: Range,
 ) -> None:
@@ -229,7 +156,7 @@ def _choose(
         for i in range(solver.iterations):
             call = calls[int(torch.randint(len(calls), ()))]
             (args, kwargs), target = call.part(solver.batch_size, solver.drop)
-            loss = (_main(module(*args, **kwargs)) - target).square().mean() / start
+            loss = (main_output(module(*args, **kwargs)) - target).square().mean() / start
             undecided = [c.undecided(i / solver.iterations) * c.step.count_nonzero() for c in choices.values()]
             optimizer.zero_grad()
             (loss + solver.pull * torch.stack(undecided).sum() / count).backward()

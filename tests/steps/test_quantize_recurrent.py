@@ -91,7 +91,9 @@ def test_rounded_to_its_nearest_code_per_gate_and_unit() -> None:
 def test_two_bits_recover_by_distillation() -> None:
     model, batches = net(), frames(3, 8)
     data = gc.Data(calibration=frames(), train=batches)
-    distil = gc.Distill(losses=(gc.losses.MeanSquaredError(),), epochs=8, optimizer=gc.steps.AdamW(5e-3), held_out=0.125)
+    distil = gc.Distill(
+        losses=(gc.losses.MeanSquaredError(),), epochs=8, optimizer=gc.steps.AdamW(5e-3), held_out=0.125
+    )
     plain = gc.compress(model, gc.Quantize(Int(2)), data)
     trained = gc.compress(model, gc.Recipe(gc.Quantize(Int(2)), distil), data)
     x = torch.cat(frames(9))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 import gracile as gc
 from gracile.formats import PerChannel, PerTensor
-from gracile.steps.reconstruct_blocks import _Call
+from gracile.steps.block_calls import Call
 
 W3A4 = gc.Scheme("W3A4", gc.Int(3, PerChannel(0)), gc.Int(4, PerTensor(), symmetric=False))
 START = gc.solvers.GPTQ(beam=1, rounds=1, polish=0, asymmetry=0.0)
@@ -49,6 +50,17 @@ def batches(seed: int, count: int = 6) -> list[Tensor]:
     return [torch.randn(16, 3, 6, 6, generator=generator) for _ in range(count)]
 
 
+@cache
+def started() -> gc.Result:
+    """Rounded by the solver that QUICK starts from."""
+    return rounded(START)
+
+
+@cache
+def reconstructed() -> gc.Result:
+    return rounded(QUICK)
+
+
 def rounded(solver: object, model: nn.Module | None = None, scheme: gc.Scheme = W3A4) -> gc.Result:
     step = gc.Quantize(scheme, solver=solver, correct=False)  # type: ignore[arg-type]
     return gc.compress(net() if model is None else model, step, gc.Data(calibration=batches(1)))
@@ -61,7 +73,7 @@ def error(model: nn.Module, original: nn.Module) -> float:
 
 
 def test_blocks_come_nearer_to_what_they_gave() -> None:
-    original, start, found = net(), rounded(START), rounded(QUICK)
+    original, start, found = net(), started(), reconstructed()
     assert error(found.model, original) < 0.95 * error(start.model, original)
     record = found.report.steps[0]
     assert record.numbers["output_error_reconstructed"] < record.numbers["output_error_before_reconstruction"]
@@ -72,7 +84,7 @@ def test_blocks_come_nearer_to_what_they_gave() -> None:
 
 
 def test_codes_move_to_a_neighbour_at_most_and_scales_of_weights_not() -> None:
-    start, found = rounded(START).model, rounded(QUICK).model
+    start, found = started().model, reconstructed().model
     moved = 0.0
     for name in ("blocks.0.first", "blocks.0.second", "blocks.1.first", "blocks.1.second"):
         a, b = start.get_submodule(name), found.get_submodule(name)
@@ -95,7 +107,7 @@ def test_pruned_weights_stay_zero() -> None:
 
 def test_what_gains_nothing_is_put_back() -> None:
     """A learning rate too small to change a code: all is as the start left it, scales of inputs too."""
-    start = rounded(START).model
+    start = started().model
     result = rounded(replace(QUICK, iterations=1, learning_rate=1e-12))
     state = result.model.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in start.state_dict().items())
@@ -110,7 +122,7 @@ def test_it_starts_from_nearest_where_no_other_start_is_given() -> None:
 
 
 def test_the_same_seed_gives_the_same_codes() -> None:
-    first, second = rounded(QUICK).model.state_dict(), rounded(QUICK).model.state_dict()
+    first, second = reconstructed().model.state_dict(), rounded(QUICK).model.state_dict()
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
@@ -119,7 +131,7 @@ def test_examples_are_drawn_together_and_mixed_with_the_original(drop: float) ->
     torch.manual_seed(0)
     x, other = torch.arange(40.0).view(8, 5), -torch.arange(40.0).view(8, 5)
     mask, shared = torch.arange(8), torch.ones(3, 3)
-    call = _Call(((x, mask, shared), {"scale": 2.0}), ((other, mask, shared), {"scale": 2.0}), x * 10)
+    call = Call(((x, mask, shared), {"scale": 2.0}), ((other, mask, shared), {"scale": 2.0}), x * 10)
     (args, kwargs), target = call.part(4, drop)
     assert kwargs == {"scale": 2.0} and torch.equal(args[2], shared)
     assert len(args[0]) == len(args[1]) == len(target) == 4

@@ -1,0 +1,87 @@
+"""What a block gets and gives in a compressed model and in its original, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from gracile.context import Context
+from gracile.data import Batch
+
+#: What inputs and outputs of one block may take together; of more calibration batches only the first are used.
+HELD_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class Call:
+    """One batch at a block: what it gets now, what it got in the original, and what it gave there."""
+
+    present: tuple[Any, Any]
+    original: tuple[Any, Any]
+    target: Tensor
+
+    def part(self, count: int, drop: float) -> tuple[tuple[Any, Any], Tensor]:
+        """Inputs and targets of `count` examples drawn at random, some values of the inputs the original's."""
+        examples = len(self.target)
+        rows = torch.randperm(examples)[:count].to(self.target.device)
+
+        def take(leaf: Any, other: Any = None) -> Any:
+            if not isinstance(leaf, Tensor) or leaf.ndim == 0 or len(leaf) != examples:
+                return leaf
+            if drop == 0 or not leaf.is_floating_point() or leaf.shape != other.shape:
+                return leaf[rows]
+            mine, theirs = leaf[rows], other[rows]
+            return torch.where(torch.rand_like(mine) < drop, theirs, mine)
+
+        return tree_map(take, self.present, self.original), self.target[rows]
+
+
+class Calls:
+    """Runs of both models, stopped at a block."""
+
+    def __init__(self, model: nn.Module, reference: nn.Module, block: str, context: Context) -> None:
+        self.model, self.reference, self.block, self.context = model, reference, block, context
+
+    @torch.no_grad()
+    def of(self, batches: Sequence[Batch]) -> list[Call]:
+        """What the block gets and should give on these batches, or on the first of them that there is room for."""
+        calls: list[Call] = []
+        for batch in batches:
+            present, _ = self._run(self.model, batch)
+            original, target = self._run(self.reference, batch)
+            calls.append(Call(present, original, target))
+            size = sum(t.nbytes for t in tree_leaves((present, original, target)) if isinstance(t, Tensor))
+            if size * (len(calls) + 1) > HELD_BYTES:
+                break
+        return calls
+
+    def _run(self, model: nn.Module, batch: Batch) -> tuple[tuple[Any, Any], Tensor]:
+        seen: list[Any] = []
+
+        def note(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            copied = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+            seen.extend((copied, main_output(output).clone()))
+            raise _Reached
+
+        handle = model.get_submodule(self.block).register_forward_hook(note, with_kwargs=True)
+        try:
+            self.context.data.forward(model, batch)
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        return seen[0], seen[1]
+
+
+class _Reached(BaseException):
+    """The block has run: the rest of the forward is not needed. No `Exception`, which a model might handle."""
+
+
+def main_output(output: Any) -> Tensor:
+    """The first tensor of an output."""
+    return next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
