@@ -25,20 +25,38 @@ class Call:
     original: tuple[Any, Any]
     target: Tensor
 
-    def part(self, count: int, drop: float) -> tuple[tuple[Any, Any], Tensor]:
-        """Inputs and targets of `count` examples drawn at random, some values of the inputs the original's."""
+    def part(self, rows: Tensor, drop: float = 0.0) -> tuple[tuple[Any, Any], Tensor]:
+        """Inputs and targets of these examples, copied; some values of the inputs are the original's."""
         examples = len(self.target)
-        rows = torch.randperm(examples)[:count].to(self.target.device)
 
-        def take(leaf: Any, other: Any = None) -> Any:
-            if not isinstance(leaf, Tensor) or leaf.ndim == 0 or len(leaf) != examples:
+        def take(leaf: Any, other: Any) -> Any:
+            if not isinstance(leaf, Tensor):
                 return leaf
+            if leaf.ndim == 0 or len(leaf) != examples:
+                return leaf.clone()
             if drop == 0 or not leaf.is_floating_point() or leaf.shape != other.shape:
                 return leaf[rows]
             mine, theirs = leaf[rows], other[rows]
             return torch.where(torch.rand_like(mine) < drop, theirs, mine)
 
         return tree_map(take, self.present, self.original), self.target[rows]
+
+    def rows(self, count: int | None = None) -> Tensor:
+        """`count` examples drawn at random, or all of them in order."""
+        order = torch.arange(len(self.target)) if count is None else torch.randperm(len(self.target))[:count]
+        return order.to(self.target.device)
+
+    @torch.no_grad()
+    def divides(self, block: nn.Module) -> bool:
+        """Whether the block makes of a few examples what it makes of them among all: not where they are mixed, say."""
+        (args, kwargs), _ = self.part(self.rows())
+        whole = main_output(block(*args, **kwargs))
+        few = self.rows()[::2]
+        try:
+            (args, kwargs), _ = self.part(few)
+            return torch.allclose(main_output(block(*args, **kwargs)), whole[few], rtol=1e-3, atol=1e-5)
+        except (RuntimeError, IndexError, ValueError):  # shapes that no longer fit
+            return False
 
 
 class Calls:
@@ -49,11 +67,16 @@ class Calls:
 
     @torch.no_grad()
     def of(self, batches: Sequence[Batch]) -> list[Call]:
-        """What the block gets and should give on these batches, or on the first of them that there is room for."""
+        """What the block gets and should give on these batches, or on the first of them that there is room for.
+
+        None at all where it gives another shape now than in the original: other tokens come to it.
+        """
         calls: list[Call] = []
         for batch in batches:
-            present, _ = self._run(self.model, batch)
+            present, output = self._run(self.model, batch)
             original, target = self._run(self.reference, batch)
+            if output.shape != target.shape:
+                return []
             calls.append(Call(present, original, target))
             size = sum(t.nbytes for t in tree_leaves((present, original, target)) if isinstance(t, Tensor))
             if size * (len(calls) + 1) > HELD_BYTES:

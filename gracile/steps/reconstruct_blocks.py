@@ -67,16 +67,9 @@ def reconstruct_blocks(
     with eval_mode(model, reference), torch.random.fork_rng(devices=[]):
         for done, (block, layers) in enumerate(blocks.items()):
             torch.manual_seed(context.generator("reconstruct", block).initial_seed())
-            calls = Calls(model, reference, block, context)
-            before = {name: t.clone() for name, t in model.get_submodule(block).state_dict().items()}
-            judged = calls.of(held_out)
-            error = _error(model.get_submodule(block), judged)
-            _choose(model, block, {name: weights[name] for name in layers}, calls.of(fitted), solver, ranges)
-            gained = _error(model.get_submodule(block), judged)
-            if gained < error:
-                found.gains[block] = gained / error
-            else:
-                model.get_submodule(block).load_state_dict(before)
+            gain = _reconstruct(model, reference, block, {n: weights[n] for n in layers}, solver, ranges, context)
+            if gain < 1:
+                found.gains[block] = gain
             context.progress("reconstruct", done + 1, len(blocks), block)
     match_statistics(model, reference, context.data, {})  # other codes have other means
     found.after = output_error(model, reference, context.data, held_out)
@@ -85,6 +78,31 @@ def reconstruct_blocks(
         model.load_state_dict(whole)
         found.gains.clear()
     return found
+
+
+def _reconstruct(
+    model: nn.Module,
+    reference: nn.Module,
+    block: str,
+    weights: Mapping[str, Tensor],
+    solver: AdaRound,
+    ranges: Range,
+    context: Context,
+) -> float:
+    """Choose one block's roundings; its error on held-out batches as a share of what it was, 1 where it is put back."""
+    fitted, held_out = split_batches(context.data)
+    calls, module = Calls(model, reference, block, context), model.get_submodule(block)
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    judged, given = calls.of(held_out), calls.of(fitted)
+    if not judged or not given:
+        return 1.0
+    error = _error(module, judged)
+    _choose(model, block, weights, given, solver, ranges)
+    gained = _error(module, judged)
+    if gained < error:
+        return gained / error
+    module.load_state_dict(before)
+    return 1.0
 
 
 def record_reconstruction(done: Reconstruction, title: str, model: nn.Module, recorder: Recorder) -> None:
@@ -121,11 +139,12 @@ def _has_grid(model: nn.Module, name: str, weights: Mapping[str, Tensor], ranges
 
 
 def _error(block: nn.Module, calls: Sequence[Call]) -> float:
+    total = 0.0
     with torch.no_grad():
-        return sum(
-            float((main_output(block(*call.present[0], **call.present[1])) - call.target).double().square().sum())
-            for call in calls
-        )
+        for call in calls:
+            (args, kwargs), target = call.part(call.rows())  # copies, for a block may write into what it gets
+            total += float((main_output(block(*args, **kwargs)) - target).double().square().sum())
+    return total
 
 
 def _choose(
@@ -145,6 +164,7 @@ def _choose(
     start = _error(module, calls) / sum(call.target.numel() for call in calls)
     if start == 0:
         return
+    size = solver.batch_size if calls[0].divides(module) else None
     count = sum(choice.step.count_nonzero() for choice in choices.values())
     with _training(model, choices, solver.drop) as scales, torch.enable_grad():
         optimizer = torch.optim.Adam(
@@ -155,7 +175,7 @@ def _choose(
         )
         for i in range(solver.iterations):
             call = calls[int(torch.randint(len(calls), ()))]
-            (args, kwargs), target = call.part(solver.batch_size, solver.drop)
+            (args, kwargs), target = call.part(call.rows(size), solver.drop)
             loss = (main_output(module(*args, **kwargs)) - target).square().mean() / start
             undecided = [c.undecided(i / solver.iterations) * c.step.count_nonzero() for c in choices.values()]
             optimizer.zero_grad()

@@ -132,8 +132,50 @@ def test_examples_are_drawn_together_and_mixed_with_the_original(drop: float) ->
     x, other = torch.arange(40.0).view(8, 5), -torch.arange(40.0).view(8, 5)
     mask, shared = torch.arange(8), torch.ones(3, 3)
     call = Call(((x, mask, shared), {"scale": 2.0}), ((other, mask, shared), {"scale": 2.0}), x * 10)
-    (args, kwargs), target = call.part(4, drop)
-    assert kwargs == {"scale": 2.0} and torch.equal(args[2], shared)
+    (args, kwargs), target = call.part(call.rows(4), drop)
+    assert kwargs == {"scale": 2.0} and torch.equal(args[2], shared) and args[2] is not shared
     assert len(args[0]) == len(args[1]) == len(target) == 4
     assert torch.equal(args[0].abs(), x[args[1]]) and torch.equal(target, 10 * x[args[1]])
     assert bool((args[0] < 0).any()) == (drop > 0) and bool((args[0] > 0).any())
+
+
+class Mixing(nn.Module):
+    """Tokens [n, n, d] whose first two axes are alike, mixed along the first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(0)
+
+
+def test_blocks_that_mix_their_examples_get_all_of_them() -> None:
+    x = torch.randn(4, 4, 3)
+    call = Call(((x,), {}), ((x,), {}), x)
+    assert call.divides(nn.Identity()) and not call.divides(Mixing())
+    matrix = torch.randn(4, 4)
+    assert not Call(((x, matrix), {}), ((x, matrix), {}), x).divides(Times())
+
+
+class Times(nn.Module):
+    def forward(self, x: Tensor, matrix: Tensor) -> Tensor:
+        return torch.einsum("ij,njd->nid", matrix, x)
+
+
+def test_a_block_that_other_tokens_come_to_is_left_as_it_is() -> None:
+    class Routed(nn.Module):
+        """The head reads the examples whose first feature is positive, which rounding changes."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.expert = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            chosen = x[:, 0] > 0
+            return x.index_put((chosen.nonzero().squeeze(1),), self.expert(x[chosen]))
+
+    torch.manual_seed(0)
+    batches = [torch.randn(64, 6) for _ in range(4)]
+    step = gc.Quantize(gc.Int(2), solver=replace(QUICK, start=None, iterations=20), correct=False)
+    result = gc.compress(Routed().eval(), step, gc.Data(calibration=batches))
+    rows = [row.name for row in result.report.steps[0].layers if row.action == "reconstructed"]
+    assert "expert" not in rows
+    assert any("2 blocks" in note for note in result.report.steps[0].notes)
