@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gracile.context import Context
 from gracile.data import Data
 from gracile.errors import ConfigError, DataError, NothingChangedError
-from gracile.formats import W4A16, W8A8, W8A16, FixedPoint, Int, PerChannel, PerGroup, PerTensor, Scheme
+from gracile.formats import W2A2, W4A16, W8A8, W8A16, FixedPoint, Int, PerChannel, PerGroup, PerTensor, Scheme
 from gracile.nn import QuantizedLayer
 from gracile.ranges import MSE, MinMax, Percentile
 from gracile.recipe import only
@@ -330,3 +330,28 @@ def test_titles_are_for_people() -> None:
     assert Quantize(W8A8, ranges=MSE()).title == "Quantize to W8A8"
     assert Quantize(Int(4, PerGroup(32))).title == "Quantize to Int(bits=4)"
     assert Quantize(FixedPoint(256)).title == "Quantize to FixedPoint(factor=256)"
+
+
+def test_what_a_sum_reads_takes_eight_bits_in_every_scheme() -> None:
+    """No kernel adds in fewer, and the error of a stream stays for good."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 2, 1)
+            self.first, self.second = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.stem(x))
+            x = torch.relu(x + self.second(torch.relu(self.first(x))))
+            y: Tensor = self.head(x)
+            return y
+
+    torch.manual_seed(0)
+    model = Residual().eval()
+    data = [torch.randn(8, 4, 6, 6) for _ in range(2)]
+    Quantize(W2A2)(model, Context(Data(calibration=data), copy.deepcopy(model), copy.deepcopy(model)))
+    assert model.first.input_format.bits == model.second.input_format.bits == 2
+    assert model.second.output_format.bits == 8 and model.second.output_format.qmax == 255
+    assert model.first.output_format is None
+    assert model.stem.weight_format.bits == model.head.weight_format.bits == 8  # the ends
