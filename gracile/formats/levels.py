@@ -119,6 +119,39 @@ class FP4(Levels):
 
 
 @dataclass(frozen=True)
+class PowersOfTwo(Levels):
+    """scale · ±(p₁ + p₂), sums of two powers of two (or one) with as many levels as the bits allow: APoT.
+
+    Besides the sign, 2 bits are {0, 1/4, 1/2, 1}; of 3, p₁ is of {0, 1/2, 1/4, 1/16} and p₂ of {0, 1/8}; of 4, p₁ is of
+    {0, 1/2, 1/8, 1/32} and p₂ of {0, 1/4, 1/16, 1/64}. The largest sum is brought to 1.
+    Source: Li et al. 2020 (arXiv:1909.13144), the sets of its reference code.
+
+    bits: 3 to 5. The code of −0 is not used.
+    """
+
+    bits: int = 4
+    granularity: Granularity = PerChannel(0)
+
+    def __post_init__(self) -> None:
+        if self.bits not in _SUMMANDS:
+            raise ConfigError(f"PowersOfTwo(bits={self.bits!r}): bits is 3, 4 or 5.")
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        first, second = _SUMMANDS[self.bits]
+        sums = sorted(a + b for a in first for b in second)
+        positive = tuple(level / sums[-1] for level in sums)
+        return (*positive, *(-level for level in positive))
+
+
+_SUMMANDS = {
+    3: ((0.0, 1 / 4, 1 / 2, 1.0), (0.0,)),
+    4: ((0.0, 1 / 2, 1 / 4, 1 / 16), (0.0, 1 / 8)),
+    5: ((0.0, 1 / 2, 1 / 8, 1 / 32), (0.0, 1 / 4, 1 / 16, 1 / 64)),
+}
+
+
+@dataclass(frozen=True)
 class Ternary(Levels):
     """scale · {−1, 0, 1} with the scale and zeros of least squared error; five weights to a byte, 1.6 bits each.
 

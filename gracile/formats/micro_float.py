@@ -1,4 +1,4 @@
-"""Floating point of eight and of four bits: FP8 with a float32 scale, MXFP4 with powers of two for blocks of 32."""
+"""Floating point of eight and of four bits: FP8, and FP4 with scales of few bits for blocks, MXFP4 and NVFP4."""
 
 from __future__ import annotations
 
@@ -90,7 +90,57 @@ class MXFP4(Format):
         return packed_bytes(math.prod(shape), 4) + math.prod(scale_shape(_BLOCK, tuple(shape)))
 
 
+@dataclass(frozen=True)
+class NVFP4(Format):
+    """x ≈ t · s · f, f of FP4, s of FP8 (e4m3) for 16 consecutive weights of a row, t for the tensor: 4.5 bits each.
+
+    t = max|x| / (6 · 448), s = max|x of the block| / (6 t) to its nearest e4m3, and no less than the smallest of these.
+    Tensors: "codes" as FP4's, "scale_codes" uint8 [rows, ceil(columns / 16)], the bits of s, "tensor_scale" float32 [],
+    "shape". For storage: runtimes get the decoded weight. Source: NVIDIA's description of the format (2025).
+    """
+
+    bits = 4
+
+    def encode(
+        self, weight: Tensor, scale_codes: Tensor | None = None, tensor_scale: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Codes of a weight; NaN and infinities are refused (DataError). None finds the scales from the weights."""
+        check_weight(weight)
+        rows = to_rows(_BLOCK_OF_16, weight.detach().float())
+        shape, largest = scale_shape(_BLOCK_OF_16, tuple(weight.shape)), torch.finfo(torch.float8_e4m3fn).max
+        if tensor_scale is None:
+            tensor_scale = (rows.abs().max() / 6 / largest).clamp(min=SMALLEST_SCALE)
+        tensor_scale = tensor_scale.detach().to(weight.device, torch.float32)
+        if scale_codes is None:
+            wanted = (rows.abs().amax(1) / 6 / tensor_scale).clamp(SMALLEST_E4M3, largest)
+            scale_codes = wanted.to(torch.float8_e4m3fn).view(torch.uint8)
+        scale_codes = scale_codes.reshape(shape)
+        encoded = FP4(_BLOCK_OF_16).encode(weight, _of_e4m3(scale_codes, tensor_scale))
+        return {
+            "codes": encoded["codes"],
+            "scale_codes": scale_codes,
+            "tensor_scale": tensor_scale,
+            "shape": encoded["shape"],
+        }
+
+    def decode(self, tensors: dict[str, Tensor]) -> Tensor:
+        """The weight, float32."""
+        scale = _of_e4m3(tensors["scale_codes"], tensors["tensor_scale"])
+        return FP4(_BLOCK_OF_16).decode({"codes": tensors["codes"], "shape": tensors["shape"], "scale": scale})
+
+    def size_bytes(self, shape: torch.Size | tuple[int, ...]) -> int:
+        """Bytes of codes and scales."""
+        return packed_bytes(math.prod(shape), 4) + math.prod(scale_shape(_BLOCK_OF_16, tuple(shape))) + 4
+
+
 _BLOCK = PerGroup(32)
+_BLOCK_OF_16 = PerGroup(16)
+#: The smallest positive number of e4m3, a denormal.
+SMALLEST_E4M3 = 2.0**-9
+
+
+def _of_e4m3(codes: Tensor, tensor_scale: Tensor) -> Tensor:
+    return (codes.view(torch.float8_e4m3fn).float() * tensor_scale).clamp(min=torch.finfo(torch.float32).tiny / 512)
 
 
 def _powers(exponent: Tensor) -> Tensor:

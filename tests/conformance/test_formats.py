@@ -17,6 +17,8 @@ from gracile.formats import (
     FP8,
     MXFP4,
     NF4,
+    NVFP4,
+    Codebook,
     FixedPoint,
     Format,
     Int,
@@ -24,6 +26,7 @@ from gracile.formats import (
     PerChannel,
     PerGroup,
     PerTensor,
+    PowersOfTwo,
     Ternary,
     format_from_config,
     format_to_config,
@@ -86,6 +89,21 @@ def of_mxfp4(weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
     return level_gap(FP4(), weight, 2.0 ** (exponent.double() - 127))
 
 
+def of_nvfp4(weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    scale = tensors["scale_codes"].view(torch.float8_e4m3fn).double() * tensors["tensor_scale"].double()
+    scale = scale.repeat_interleave(16, dim=1)[:, : weight[0].numel()].reshape(weight.shape)
+    return level_gap(FP4(), weight, scale)
+
+
+def of_powers(weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    return level_gap(PowersOfTwo(), weight, tensors["scale"].reshape(-1, *[1] * (weight.ndim - 1)))
+
+
+def of_codebook(weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    """The distance to the nearest level, twice: half of it is all that an encoder may be off."""
+    return 2 * (weight.double().unsqueeze(-1) - tensors["levels"].double()).abs().amin(-1)
+
+
 def of_fp8(bits: int, smallest: float) -> Step:
     """Steps of floating point with so many bits of mantissa, no finer than the smallest."""
 
@@ -115,6 +133,10 @@ MEMBERS: list[tuple[Format, Step, float]] = [
     (FP8(), of_fp8(3, 2.0**-9), 1e30),
     (FP8("e5m2"), of_fp8(2, 2.0**-16), 1e30),
     (MXFP4(), of_mxfp4, 1e30),
+    (NVFP4(), of_nvfp4, 1e30),
+    (PowersOfTwo(), of_powers, 1e30),
+    (Codebook(3), of_codebook, 1e30),
+    (Codebook(1), of_codebook, 1e30),
     (FixedPoint(256), constant_256th, 8e6),
 ]
 #: Three roundings to float32 (scale, quotient, product), each 2^-24 of at most 255 steps, come to 4.6e-5 steps.
@@ -185,7 +207,11 @@ def test_encoding_a_decoded_weight_again_gives_the_same_codes(
     if not inside(weight, limit):
         return
     first = fmt.encode(weight)
-    given_again = {name: first[name] for name in ("scale", "zero_point", "exponent") if name in first}
+    given_again = {
+        name: first[name]
+        for name in ("scale", "zero_point", "exponent", "levels", "scale_codes", "tensor_scale")
+        if name in first
+    }
     second = fmt.encode(fmt.decode(first), **given_again)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -15,7 +15,22 @@ from torch import Tensor, nn
 
 import gracile as gc
 import gracile.formats as formats
-from gracile.formats import FP4, FP8, MXFP4, NF4, FixedPoint, Format, Int, PerChannel, PerGroup, PerTensor, Ternary
+from gracile.formats import (
+    FP4,
+    FP8,
+    MXFP4,
+    NF4,
+    NVFP4,
+    Codebook,
+    FixedPoint,
+    Format,
+    Int,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PowersOfTwo,
+    Ternary,
+)
 from gracile.nn import QuantizedLayer, QuantizedRecurrent, begin_training, end_training
 
 FORMATS: list[Format | gc.Scheme] = [
@@ -28,6 +43,9 @@ FORMATS: list[Format | gc.Scheme] = [
     Ternary(),
     FP8(),
     MXFP4(),
+    NVFP4(),
+    PowersOfTwo(5),
+    Codebook(3),
     FixedPoint(256),
     gc.W8A8,
     gc.formats.W7A8,

@@ -10,7 +10,19 @@ import pytest
 import torch
 
 from gracile.errors import ConfigError
-from gracile.formats import FP4, FP8, MXFP4, NF4, PerChannel, PerGroup, PerTensor, Ternary, bits_per_weight
+from gracile.formats import (
+    FP4,
+    FP8,
+    MXFP4,
+    NF4,
+    NVFP4,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    PowersOfTwo,
+    Ternary,
+    bits_per_weight,
+)
 
 #: bitsandbytes, functional.py, get_4bit_type("nf4").
 PUBLISHED_NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
@@ -53,6 +65,38 @@ def test_mxfp4_takes_its_exponents_from_the_specification() -> None:
     decoded = MXFP4().decode(tensors)
     assert (float(decoded[0, 3]), float(decoded[0, 40]), float(decoded[0, 70])) == (6.0, 0.75, -32.0)
     assert bits_per_weight(MXFP4(), (4, 96)) == 4.25
+
+
+def test_nvfp4_scales_are_e4m3_of_the_block_and_one_of_the_tensor() -> None:
+    weight = torch.zeros(2, 32)
+    weight[0, :16], weight[0, 16:], weight[1, 0] = 6.0, 0.75, -2688.0
+    tensors = NVFP4().encode(weight)
+    assert float(tensors["tensor_scale"]) == 1.0  # 2688 = 6 · 448
+    scales = tensors["scale_codes"].numpy().view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    assert scales.tolist() == [[1.0, 0.125], [448.0, 2.0**-9]]
+    assert torch.equal(NVFP4().decode(tensors), weight)
+    assert bits_per_weight(NVFP4(), (64, 64)) == pytest.approx(4.5, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("bits", "levels"),
+    [
+        (3, [0, 1 / 4, 1 / 2, 1]),
+        (4, [n / 10 for n in (0, 1, 2, 3, 4, 6, 8, 10)]),  # sixteenths of 10, the largest sum
+    ],
+)
+def test_powers_of_two_are_the_sums_of_their_source(bits: int, levels: list[float]) -> None:
+    found = sorted({abs(level) for level in PowersOfTwo(bits).levels})
+    assert found == pytest.approx(levels)
+
+
+def test_of_four_bits_besides_the_sign_all_sixteen_sums_are_levels() -> None:
+    """Terms of 64ths: p₁ of 0, 32, 8, 2 and p₂ of 0, 16, 4, 1, the largest 48."""
+    expected = sorted({(a + b) / 48 for a in (0, 32, 8, 2) for b in (0, 16, 4, 1)})
+    assert sorted({abs(level) for level in PowersOfTwo(5).levels}) == pytest.approx(expected) and len(expected) == 16
+    for bits in (2, 6):
+        with pytest.raises(ConfigError, match="3, 4 or 5"):
+            PowersOfTwo(bits)
 
 
 def test_ternary_scales_and_zeros_are_the_best_there_are() -> None:

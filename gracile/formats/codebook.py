@@ -1,0 +1,95 @@
+"""Levels learned from the weights themselves: one-dimensional k-means for each tensor."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gracile.errors import ConfigError
+from gracile.formats.base import Format
+from gracile.formats.integer import check_weight
+from gracile.formats.packing import pack_bits, packed_bytes, unpack_bits
+
+#: Sweeps of Lloyd's algorithm at most; it ends where no weight changes its level.
+SWEEPS = 100
+
+
+@dataclass(frozen=True)
+class Codebook(Format):
+    """x ≈ levels[code], the 2^bits levels of least Σ (x − level)² that k-means finds, one of them 0.
+
+    Lloyd's algorithm, from levels as dense as the cube root of the weights' density (Panter and Dite 1951). Zero keeps
+    a level, so that pruned weights stay zero.
+
+    bits: 1 to 8. Tensors: "codes" uint8 [ceil(n · bits / 8)] (see `packing`), "levels" float32 [2^bits], ascending,
+    "shape" int64. For storage: runtimes get the decoded weight. Source: Deep Compression, Han et al. 2015
+    (arXiv:1510.00149), which starts from equal steps and has no zero.
+    """
+
+    bits: int = 4
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 1 <= self.bits <= 8:
+            raise ConfigError(f"Codebook(bits={self.bits!r}): bits is a whole number from 1 to 8.")
+
+    def encode(self, weight: Tensor, levels: Tensor | None = None) -> dict[str, Tensor]:
+        """Codes of a weight; NaN and infinities are refused (DataError).
+
+        levels: [2^bits], ascending; None learns them.
+        """
+        check_weight(weight)
+        values = weight.detach().float().flatten()
+        if values.numel() == 0:
+            raise ConfigError(f"A weight of shape {tuple(weight.shape)} holds nothing to encode.")
+        levels = self._learn(values) if levels is None else levels.detach().to(values)
+        if tuple(levels.shape) != (1 << self.bits,) or bool((levels[1:] < levels[:-1]).any()):
+            raise ConfigError(f"Codebook.encode(levels=...): expected {1 << self.bits} numbers, ascending.")
+        return {
+            "codes": pack_bits(_nearest(values, levels).to(torch.uint8), self.bits),
+            "levels": levels.clone(),
+            "shape": torch.tensor(weight.shape, dtype=torch.int64),
+        }
+
+    def decode(self, tensors: dict[str, Tensor]) -> Tensor:
+        """The weight, float32: levels[code]."""
+        shape = tuple(tensors["shape"].tolist())
+        codes = unpack_bits(tensors["codes"], self.bits, math.prod(shape))
+        return tensors["levels"][codes.long()].reshape(shape)
+
+    def size_bytes(self, shape: torch.Size | tuple[int, ...]) -> int:
+        """Bytes of codes and levels."""
+        return packed_bytes(math.prod(shape), self.bits) + 4 * (1 << self.bits)
+
+    def _learn(self, values: Tensor) -> Tensor:
+        """Lloyd's algorithm in float64, on weights divided by the largest, so that no square is out of range."""
+        peak = values.abs().max().double()
+        if peak == 0:
+            return torch.zeros(1 << self.bits, device=values.device)
+        x = (values.double() / peak).sort().values
+        count = 1 << self.bits
+        # Many levels lie best at the cube root of the density, of which a gap of ordered weights is the inverse.
+        reached = torch.cat([x.new_zeros(1), x.diff().pow(2 / 3).cumsum(0)])
+        wanted = (torch.arange(count, device=x.device) + 0.5) / count * reached[-1]
+        levels, codes = _with_zero(x[torch.searchsorted(reached, wanted).clamp(max=len(x) - 1)]), torch.empty(0)
+        for _ in range(SWEEPS):
+            found = _nearest(x, levels)
+            if torch.equal(found, codes):
+                break
+            codes = found
+            sums = torch.zeros_like(levels).index_add_(0, codes, x)
+            members = torch.zeros_like(levels).index_add_(0, codes, torch.ones_like(x))
+            levels = _with_zero(torch.where(members > 0, sums / members.clamp_min(1), levels))
+        return (levels * peak).float()
+
+
+def _nearest(values: Tensor, levels: Tensor) -> Tensor:
+    """Index of the nearest level, halfway to the lower one; of equal levels the first."""
+    return torch.searchsorted(levels, levels[torch.bucketize(values, (levels[1:] + levels[:-1]) / 2)])
+
+
+def _with_zero(levels: Tensor) -> Tensor:
+    """The levels with the one nearest to zero put there, ascending."""
+    return levels.index_fill(0, levels.abs().argmin(), 0.0).sort().values
