@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from gracile.ranges.base import Range
+from gracile.ranges.entropy import Entropy
 from gracile.ranges.min_max import MinMax
 from gracile.ranges.mse import MSE
 from gracile.ranges.percentile import Percentile
 
-__all__ = ["MSE", "MinMax", "Percentile", "Range"]
+__all__ = ["MSE", "Entropy", "MinMax", "Percentile", "Range"]

@@ -13,7 +13,7 @@ from gracile.formats import Format, Scheme
 from gracile.goal import Bytes
 from gracile.graph import Trace, trace
 from gracile.nn import QuantizedLayer, quantized_kind
-from gracile.ranges import MSE, MinMax, Percentile
+from gracile.ranges import MSE, Range
 from gracile.recipe import Recorder, Step
 from gracile.report.model import LayerRow, StepRecord
 from gracile.select import check_exclude
@@ -43,7 +43,8 @@ class Quantize(Step):
     solver: chooses the codes of linear layers and convolutions by what rounding does to their outputs, in the order of
         the forward: solvers.GPTQ(), or solvers.AdaRound(), which goes on from there block by block. Needs calibration
         data. None: every weight goes to the nearest code.
-    ranges: how scales are found from weights and from what calibration saw: MinMax(), Percentile(), MSE().
+    ranges: how scales are found from weights and from what calibration saw: MinMax(), Percentile(), Entropy(),
+        MSE().
     equalize: SmoothQuant() moves outliers of a linear layer's input channels into its weight, where that lowers the
         layer's output error; needs a scheme with an input format. AWQ() scales weights that read large inputs up, in
         schemes without one. CrossLayer() shares scales out between layers that
@@ -62,15 +63,15 @@ class Quantize(Step):
     to: Bytes | None = None
     options: tuple[Scheme | Format, ...] = ()
     solver: RoundingSolver | None = None
-    ranges: MinMax | Percentile | MSE = MSE()
+    ranges: Range = MSE()
     equalize: SmoothQuant | AWQ | CrossLayer | None = None
     correct: bool = True
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self._check_schemes()
-        if not isinstance(self.ranges, (MinMax, Percentile, MSE)):
-            raise ConfigError(f"Quantize(ranges={self.ranges!r}): expected MinMax(), Percentile() or MSE().")
+        if not isinstance(self.ranges, Range):
+            raise ConfigError(f"Quantize(ranges={self.ranges!r}): expected MinMax(), Percentile(), Entropy() or MSE().")
         self._check_equalize()
         if self.solver is not None and not isinstance(self.solver, RoundingSolver):
             raise ConfigError(f"Quantize(solver={self.solver!r}): expected a rounding solver, solvers.GPTQ(), or None.")

@@ -6,7 +6,8 @@ import torch
 
 from gracile.errors import ConfigError
 from gracile.formats import Int, PerChannel, PerGroup, PerTensor
-from gracile.ranges import MSE, MinMax, Percentile
+from gracile.layer_stats import Histogram
+from gracile.ranges import MSE, Entropy, MinMax, Percentile
 from gracile.stats.histogram import StreamingHistogram
 
 U8 = Int(8, PerTensor(), symmetric=False)
@@ -104,3 +105,51 @@ def test_mse_of_activations_is_below_every_joint_threshold(values: torch.Tensor,
 def test_impossible_settings_are_refused(bad) -> None:
     with pytest.raises(ConfigError):
         bad()
+
+
+def published_entropy(counts: np.ndarray, levels: int) -> int:
+    """Migacz's slides, for values from 0: the number of bins kept, by plain loops."""
+    best, least = 0, np.inf
+    for kept in range(levels + 1, len(counts) + 1):
+        p = counts[:kept].astype(float).copy()
+        p[-1] += counts[kept:].sum()
+        step, q = kept / (levels - 1), np.zeros(kept)
+        codes = np.clip(np.rint((np.arange(kept) + 0.5) / step), 0, levels - 1).astype(int)
+        for code in range(levels):
+            members = (codes == code) & (p > 0)
+            if members.any():
+                q[members] = counts[:kept][codes == code].sum() / members.sum()
+        used = p > 0
+        p, q = p[used] / p.sum(), np.maximum(q[used] / q.sum(), 1e-12)
+        divergence = float((p * np.log(p / q)).sum())
+        if divergence <= least:
+            best, least = kept, divergence
+    return best
+
+
+def test_entropy_keeps_the_bins_that_the_published_loop_keeps() -> None:
+    generator = np.random.default_rng(0)
+    counts = np.histogram(np.abs(generator.laplace(size=20000)) * 10, bins=64, range=(0, 64))[0]
+    histogram = Histogram(torch.from_numpy(counts).double(), 0.0, 64.0, 0.0, 64.0)
+    fmt = Int(4, PerTensor(), symmetric=False)
+    scale, zero = Entropy(thresholds=64).activation(histogram, fmt)
+    kept = published_entropy(counts, 16)
+    assert 16 < kept < 64
+    assert float(scale) == pytest.approx(kept / 15) and int(zero) == 0
+
+
+def test_entropy_clips_outliers_that_a_full_range_keeps() -> None:
+    values = torch.randn(20000, generator=torch.Generator().manual_seed(0))
+    values[0] = 40.0
+    histogram = StreamingHistogram()
+    histogram.update(values)
+    fmt = Int(8, PerTensor(), symmetric=False)
+    scale = Entropy().activation(histogram.freeze(), fmt)[0]
+    assert float(scale) < 0.5 * float(MinMax().activation(histogram.freeze(), fmt)[0])
+
+
+def test_entropy_leaves_weights_their_full_range() -> None:
+    weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(Entropy().weight(weight, Int(4)), MinMax().weight(weight, Int(4)))
+    with pytest.raises(ConfigError, match="at least 1"):
+        Entropy(thresholds=0)
