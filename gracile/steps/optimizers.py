@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from gracile.errors import ConfigError
+from gracile.nn import QuantizedLayer
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,13 @@ class AdamW:
 
 
 def default_optimizer(model: nn.Module) -> SGD | AdamW:
-    """SGD for a net with two-dimensional batch norms, AdamW for any other."""
+    """AdamW(1e-3) without decay for weights of fewer than 8 bits, SGD for nets with two-dimensional batch norms, else
+    AdamW.
+
+    Few bits: weights move between codes, and scales by shares of themselves, at a pace that only Adam finds for both.
+    """
+    if any(isinstance(m, QuantizedLayer) and m.weight_format.bits < 8 for m in model.modules()):
+        return AdamW(1e-3, weight_decay=0.0)
     return SGD() if any(isinstance(m, nn.BatchNorm2d) for m in model.modules()) else AdamW()
 
 

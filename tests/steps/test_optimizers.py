@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from gracile.errors import ConfigError
+from gracile.formats import Int, format_to_config
+from gracile.nn import quantize_layer
 from gracile.steps.optimizers import SGD, AdamW, default_optimizer
 
 
@@ -40,3 +42,12 @@ def test_the_default_follows_the_net() -> None:
 def test_impossible_rates_are_refused(kind: type, rate: object) -> None:
     with pytest.raises(ConfigError, match="learning_rate"):
         kind(learning_rate=rate)
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(8, SGD()), (4, AdamW(1e-3, weight_decay=0.0))])
+def test_few_bits_are_trained_by_adam(bits: int, expected: SGD | AdamW) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1))
+    fmt = Int(bits)
+    tensors = {f"weight_{name}": t for name, t in fmt.encode(model[0].weight).items()}
+    model[0] = quantize_layer(model[0], tensors, {"weight": format_to_config(fmt), "bias": True})
+    assert default_optimizer(model) == expected
