@@ -33,8 +33,8 @@ class Distill(Step):
         teacher alike. For inputs of real numbers, and without labels. Helps where the teacher knows its training data
         by heart: between them its answers say more. Source: Beyer et al. 2022, arXiv:2106.05237.
     label_weight: share of the true labels' loss, in [0, 1); above 0 it needs `data.loss`.
-    optimizer: SGD(...) or AdamW(...). None: AdamW(1e-3) with a Hint, which goes on from a good start; without, AdamW(1e-3)
-        where weights have fewer than 8 bits, SGD for nets with two-dimensional batch norms and AdamW for others.
+    optimizer: SGD(...) or AdamW(...). None: AdamW(1e-3) with a Hint, which goes on from a good start, and where weights
+        have fewer than 8 bits; else SGD for nets with two-dimensional batch norms and AdamW for others.
     held_out: share of the training data set aside to choose the epoch, the same in all trainings of a run.
     mixed_precision: run the forward passes in bfloat16 where torch deems it safe. On processors that only emulate it
         the training runs in float32 all the same, and the report says so.
