@@ -41,7 +41,7 @@ class QuantizedRecurrent(nn.RNNBase):
     encoded: nn.ModuleDict
 
     def __init__(self, old: Any, config: dict[str, Any]) -> None:
-        """config: {"weight": format}, of all matrices."""
+        """config: {"weight": format}, of all matrices; {"sparse": [names]} of those that were pruned before."""
         nn.Module.__init__(self)
         if config.get("input") is not None or config.get("output") is not None:
             raise ConfigError("Inputs and states of a recurrent layer stay in floating point: leave their formats out.")
@@ -50,7 +50,8 @@ class QuantizedRecurrent(nn.RNNBase):
                 setattr(self, name, getattr(old, name))
         names = list(old._flat_weights_names)
         matrices = [name for name in names if getattr(old, name).ndim == 2]
-        self.encoded = nn.ModuleDict({name: EncodedWeight(getattr(old, name), config) for name in matrices})
+        settings = {name: {**config, "sparse": name in config.get("sparse", ())} for name in matrices}
+        self.encoded = nn.ModuleDict({name: EncodedWeight(getattr(old, name), settings[name]) for name in matrices})
         for name in names:
             if name not in matrices:
                 bias: Tensor = getattr(old, name)

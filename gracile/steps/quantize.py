@@ -47,8 +47,8 @@ class Quantize(Step):
         MSE().
     equalize: SmoothQuant() moves outliers of a linear layer's input channels into its weight, where that lowers the
         layer's output error; needs a scheme with an input format. AWQ() scales weights that read large inputs up, in
-        schemes without one. CrossLayer() shares scales out between layers that
-        follow each other, where that lowers the output error on held-out batches. None: nothing is moved.
+        schemes without one. CrossLayer() shares scales out between layers that follow each other, where that lowers the
+        output error on held-out batches. None: nothing is moved.
     correct: bias correction afterwards, by the difference to the float model on the calibration batches; kept only if
         the output error on held-out batches falls.
     exclude: name patterns of layers that stay as they are.

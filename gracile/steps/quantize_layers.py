@@ -134,7 +134,7 @@ class Encoder:
         if name in self.smoothing:
             config["smooth"] = True
             tensors["input_multiplier"] = 1 / self.smoothing[name]
-        if bool((old.weight == 0).any()):
+        if has_zeros(old.weight):
             config["sparse"] = True
         if name in self.folded:
             config["batch_norm"] = self.folded[name]
@@ -182,6 +182,12 @@ def layers_with_output_grids(model: nn.Module, layers: list[str], traced: Trace)
         for name in convolutions
         if not all(c in ABSORBED or c.startswith("module:") for c in traced.consumers(name))
     )
+
+
+def has_zeros(weight: Tensor) -> bool:
+    """Whether single weights were pruned: zeros in rows that hold others too, not a row of padding or a dead unit."""
+    zero = weight.detach().flatten(1) == 0
+    return bool((zero.any(1) & ~zero.all(1)).any())
 
 
 def format_for(layer: nn.Module, fmt: Format) -> Format:

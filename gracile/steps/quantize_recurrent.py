@@ -14,6 +14,7 @@ from gracile.nn import EncodedWeight, recurrent_kind
 from gracile.ranges.base import Range
 from gracile.recipe import Recorder
 from gracile.report.model import LayerRow
+from gracile.steps.quantize_layers import has_zeros
 from gracile.surgery import Swap, apply
 
 #: What the report says of a recurrent layer.
@@ -38,7 +39,9 @@ def quantize_recurrent(model: nn.Module, layers: Sequence[str], fmt: Format, ran
     """Put layers with encoded matrices in the place of LSTMs, GRUs and RNNs; every weight goes to its nearest code."""
     for name in layers:
         old = model.get_submodule(name)
-        edit = Swap(name, str(recurrent_kind(old)), {"weight": format_to_config(fmt)})
+        sparse = [key for key, weight in _matrices(old).items() if has_zeros(weight)]
+        config = {"weight": format_to_config(fmt)} | ({"sparse": sparse} if sparse else {})
+        edit = Swap(name, str(recurrent_kind(old)), config)
         apply(model, [edit])
         encoded: Any = model.get_submodule(name).encoded
         error = signal = nbytes = 0.0
@@ -46,7 +49,6 @@ def quantize_recurrent(model: nn.Module, layers: Sequence[str], fmt: Format, ran
             matrix: EncodedWeight = encoded[key]
             tensors = fmt.encode(weight, ranges.weight(weight, fmt)) if isinstance(fmt, Int) else fmt.encode(weight)
             matrix.set_weight(tensors)
-            matrix.sparse = bool((weight == 0).any())
             error += float((matrix.decoded_weight() - weight).square().sum())
             signal += float(weight.square().sum())
             nbytes += sum(t.nbytes for part, t in tensors.items() if part != "shape")

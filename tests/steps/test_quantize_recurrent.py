@@ -103,6 +103,19 @@ def test_two_bits_recover_by_distillation() -> None:
     assert isinstance(trained.model.rnn, QuantizedRecurrent)
 
 
+def test_pruned_weights_stay_zero_also_when_a_saved_model_trains(tmp_path: Path) -> None:
+    model = net()
+    zeros = torch.rand(model.rnn.weight_hh_l0.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    model.rnn.weight_hh_l0.data.masked_fill_(zeros, 0.0)
+    gc.compress(model, gc.Quantize(Int(2)), gc.Data(calibration=frames())).save(tmp_path / "slim")
+    loaded = gc.load(tmp_path / "slim", model)
+    distil = gc.Distill(losses=(gc.losses.MeanSquaredError(),), epochs=3, optimizer=gc.steps.AdamW(2e-2), held_out=0.0)
+    trained = gc.compress(loaded, distil, gc.Data(train=frames(3, 8)), teacher=net()).model
+    assert not bool(trained.rnn.weight_hh_l0[zeros].any())
+    rounded = loaded.rnn.weight_ih_l0 == 0
+    assert bool((trained.rnn.weight_ih_l0[rounded] != 0).any())  # zeros that rounding made may change
+
+
 def test_a_model_of_nothing_else() -> None:
     class Only(nn.Module):
         def __init__(self) -> None:

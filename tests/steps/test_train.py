@@ -244,6 +244,22 @@ def test_weights_that_rounding_made_zero_may_change() -> None:
     assert bool((weight[zeros] != 0).any()) and not bool(weight[3].any())
 
 
+def test_a_row_of_padding_does_not_freeze_the_zeros_of_others() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 16, padding_idx=0), nn.Flatten(), nn.Linear(64, 3)).eval()
+    assert not bool(model[0].weight[0].any())
+    batches = [(torch.randint(0, 9, (16, 4)), torch.randint(0, 3, (16,))) for _ in range(6)]
+    original = copy.deepcopy(model)
+    ctx = Context(Data(train=batches), original, copy.deepcopy(original))
+    ctx.teacher[2].weight.data.normal_()
+    Quantize(Int(2), exclude=("2",))(model, ctx)
+    assert not model[0].sparse
+    zeros = model[0].decoded_weight() == 0
+    Distill(epochs=2, optimizer=AdamW(0.3), held_out=0)(model, ctx)
+    after = model[0].decoded_weight()
+    assert not bool(after[0].any()) and bool((after[zeros] != 0).any())
+
+
 def test_scales_do_not_decay() -> None:
     model, ctx = net(), context(net(3))
     Quantize(Int(4, PerTensor()), correct=False)(model, ctx)
