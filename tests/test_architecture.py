@@ -22,7 +22,8 @@ LEVELS = [
     {"recipe", "compress", "artifact", "evaluate", "report"}
     | {"check", "inspection", "measure", "result", "run_directory"},
     {"steps", "targets", "inputs"},
-    {"optimize", "planner", "search", "stopwatch", "recipe_json", "export", "cli", "demo", "__init__", "__main__"},
+    {"optimize", "planner", "search", "stopwatch", "recipe_json", "export", "cli", "demo", "sensitivity"}
+    | {"__init__", "__main__"},
 ]
 LEVEL_OF = {unit: level for level, units in enumerate(LEVELS) for unit in units}
 #: The level whose members do not import each other at all: a step knows no runtime, a runtime knows no step.

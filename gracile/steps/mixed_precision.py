@@ -63,7 +63,7 @@ def choose_schemes(
             f"Quantize(to={budget}): cannot be met; the nearest that these options reach is {least:g} of {original:g} "
             f"bytes ({least / original:.3f}).\n  Ask for at least that, or add an option of fewer bits."
         )
-    losses = _measure(model, traced, options, encoder, solver, context)
+    losses = measure_losses(model, traced, options, encoder, solver, context)
     items = [list(zip(losses[name], saved[name], strict=True)) for name in options]
     chosen = choose_options(items, whole - limit)
     recorder.numbers["predicted_loss"] = sum(item[i][0] for item, i in zip(items, chosen))
@@ -76,7 +76,7 @@ def choose_schemes(
     return found
 
 
-def _measure(
+def measure_losses(
     model: nn.Module,
     traced: Trace,
     options: Mapping[str, Sequence[Scheme]],

@@ -23,7 +23,7 @@ from gracile.stats.match import output_error, split_batches
 from gracile.steps.correct import copy_model, correct_statistics
 from gracile.steps.equalize_layers import equalize_layers
 from gracile.steps.fold import fold_batch_norms
-from gracile.steps.mixed_precision import choose_schemes
+from gracile.steps.mixed_precision import choose_schemes, measure_losses
 from gracile.steps.quantize_layers import Encoder, layers_with_output_grids, quantizable
 from gracile.steps.quantize_recurrent import check_recurrent, quantize_recurrent
 from gracile.steps.reconstruct_blocks import reconstruct_blocks, record_reconstruction
@@ -158,6 +158,34 @@ class Quantize(Step):
     def __call__(self, model: nn.Module, context: Context) -> StepRecord:
         self.check(model, context)
         recorder = Recorder(self)
+        ready = self._prepare(model, context, recorder)
+        encoder, traced, layers = ready.encoder, ready.traced, ready.layers
+        chosen = {name: found[0] for name, found in ready.schemes.items()}
+        if self.to is not None and traced is not None:
+            options = {name: ready.schemes[name] for name in layers}
+            chosen = choose_schemes(model, traced, options, self.to, encoder, self.solver, context, recorder)
+        for name in layers:
+            encoder.swap(model, name, chosen[name], recorder)
+        quantize_recurrent(model, ready.recurrent, self._options[0].weight, self.ranges, recorder)
+        if ready.reference is not None and traced is not None and self.solver is not None:
+            self._round(model, ready.reference, traced, layers, encoder, context, recorder)
+        if ready.reference is not None and self.correct:
+            correct_statistics(model, ready.reference, context, recorder, {})
+        return recorder.record()
+
+    def measure_losses(self, model: nn.Module, context: Context) -> dict[str, list[float]]:
+        """Layer -> by how much the outputs diverge with that layer alone in each of the schemes; for `to` and options.
+
+        The model is prepared in place, folded that is, and otherwise left as it is.
+        """
+        self.check(model, context)
+        ready = self._prepare(model, context, Recorder(self))
+        assert ready.traced is not None, "a budget is needed to choose"
+        options = {name: ready.schemes[name] for name in ready.layers}
+        return measure_losses(model, ready.traced, options, ready.encoder, self.solver, context)
+
+    def _prepare(self, model: nn.Module, context: Context, recorder: Recorder) -> _Prepared:
+        """Fold, equalize and measure; all that comes before the first layer is quantized."""
         layers, recurrent = self._quantizable(model, context, recorder)
         check_recurrent(model, recurrent, self._options[0].weight)
         schemes = self._schemes(model, layers, context)
@@ -182,18 +210,7 @@ class Quantize(Step):
             encoder = Encoder(self.ranges, smoothing=self._smooth(model, layers, context, recorder))
         if not layers and not recurrent:
             raise NothingChangedError("Quantize: no layer was quantized.\n  The report's skipped rows say why.")
-        chosen = {name: found[0] for name, found in schemes.items()}
-        if self.to is not None and traced is not None:
-            options = {name: schemes[name] for name in layers}
-            chosen = choose_schemes(model, traced, options, self.to, encoder, self.solver, context, recorder)
-        for name in layers:
-            encoder.swap(model, name, chosen[name], recorder)
-        quantize_recurrent(model, recurrent, self._options[0].weight, self.ranges, recorder)
-        if reference is not None and traced is not None and self.solver is not None:
-            self._round(model, reference, traced, layers, encoder, context, recorder)
-        if reference is not None and self.correct:
-            correct_statistics(model, reference, context, recorder, {})
-        return recorder.record()
+        return _Prepared(layers, recurrent, schemes, encoder, traced, reference)
 
     def _quantizable(self, model: nn.Module, context: Context, recorder: Recorder) -> tuple[list[str], list[str]]:
         """The layers to quantize, and the recurrent ones, which have one format only and no choice of it."""
@@ -296,6 +313,21 @@ class Quantize(Step):
             on_batch=lambda n: context.progress("calibrate", n, None),
         )
         return Encoder(self.ranges, stats, outputs, smoothing)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A model about to be quantized: its layers, the schemes of each, and what was seen of it.
+
+    reference: the float model that the result is compared with, or None. traced: None where nothing needs it.
+    """
+
+    layers: list[str]
+    recurrent: list[str]
+    schemes: dict[str, tuple[Scheme, ...]]
+    encoder: Encoder
+    traced: Trace | None
+    reference: nn.Module | None
 
 
 def _traced(model: nn.Module, context: Context) -> Trace:

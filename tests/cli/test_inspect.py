@@ -55,3 +55,18 @@ def test_json_may_be_asked_for_before_the_command(run):
     first = run("--json", "inspect", "shop:make_net").stdout
     assert first == run("inspect", "shop:make_net", "--json").stdout
     assert first.startswith("{")
+
+
+def test_sensitivity_of_every_layer_in_every_scheme(run, run_json):
+    found = run_json("inspect", "shop:make_net", "--data", "shop:make_data", "--sensitivity", "w8a8,w2a8")
+    assert found["schemes"] == ["W8A8", "W2A8"]
+    assert [layer["name"] for layer in found["layers"]] == ["conv", "hidden", "head"]
+    assert all(layer["losses"][0] < layer["losses"][1] for layer in found["layers"])
+    shown = run("inspect", "shop:make_net", "--data", "shop:make_data", "--sensitivity", "w8a8,w2a8").stdout
+    assert "hidden" in shown and "█" in shown
+
+
+def test_sensitivity_says_what_it_lacks(run):
+    assert "pass --data" in run("inspect", "shop:make_net", "--sensitivity", "w8a8,w2a8", code=2).stderr
+    asked = run("inspect", "shop:make_net", "--data", "shop:make_data", "--sensitivity", "w8a8", code=2)
+    assert "two schemes" in asked.stderr

@@ -1,0 +1,74 @@
+"""Sensitivity: what few bits in one layer alone do to a model's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from gracile.check import check_request
+from gracile.context import Context, derive_seed
+from gracile.data import Data
+from gracile.formats import W2A8, W4A8, W8A8, Format, Scheme
+from gracile.goal import Bytes
+from gracile.sharing import own_parameters, share_parameters
+from gracile.solvers import RoundingSolver
+from gracile.steps import Quantize
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """losses: the divergence of the outputs for each scheme with only this layer in it, in nats where outputs are
+    classes, else as a share of their squares."""
+
+    name: str
+    kind: str
+    parameters: int
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The layers in the order in which the model holds them, and the schemes that their losses belong to."""
+
+    schemes: tuple[str, ...]
+    layers: tuple[LayerSensitivity, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def measure_sensitivity(
+    model: nn.Module,
+    data: Data,
+    options: Sequence[Scheme | Format] = (W8A8, W4A8, W2A8),
+    *,
+    solver: RoundingSolver | None = None,
+    exclude: tuple[str, ...] = (),
+    seed: int = 0,
+) -> Sensitivity:
+    """Loss of every layer in every option, all others as they are; what `Quantize(to=Bytes(...))` chooses by.
+
+    options: schemes or formats, two at least. solver: rounds each; None: to nearest. The model is not changed. Raises
+    what the step would raise.
+    """
+    check_request(model, data, None)
+    step = Quantize(to=Bytes(1.0), options=tuple(options), solver=solver, exclude=exclude)
+    original, work = share_parameters(model).eval(), share_parameters(model).eval()
+    own_parameters(work, model)
+    context = Context(data, original, original, seed=derive_seed(seed, 0))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "step", 0))
+        losses = step.measure_losses(work, context)
+    modules = dict(model.named_modules())
+    rows = []
+    for name, module in modules.items():
+        if name in losses:
+            count = sum(p.numel() for p in module.parameters(recurse=False))
+            rows.append(LayerSensitivity(name, type(module).__name__, count, tuple(losses[name])))
+    names = tuple(o.name if isinstance(o, Scheme) else str(o) for o in options)
+    return Sensitivity(names, tuple(rows))
