@@ -14,6 +14,7 @@ from gracile.evaluate.size import state_bytes
 from gracile.recipe import Step
 from gracile.report.model import StepRecord
 from gracile.sharing import own_parameters, share_parameters
+from tests.labels import label
 
 
 def places(model: nn.Module) -> list[int]:
@@ -86,8 +87,8 @@ STEPS = (
 )
 
 
-@pytest.mark.parametrize("first", STEPS, ids=str)
-@pytest.mark.parametrize("second", [None, Doubled()], ids=str)
+@pytest.mark.parametrize("first", STEPS, ids=label)
+@pytest.mark.parametrize("second", [None, Doubled()], ids=label)
 def test_no_step_and_no_use_of_the_result_reaches_the_model_given(first: Step, second: Step | None) -> None:
     """Steps that get the model's own numbers, and a step that writes behind them."""
     model = stack()

@@ -31,6 +31,7 @@ from gracile.formats import (
     format_from_config,
     format_to_config,
 )
+from tests.labels import label
 
 Step = Callable[[Tensor, dict[str, Tensor]], Tensor]
 
@@ -142,7 +143,7 @@ MEMBERS: list[tuple[Format, Step, float]] = [
 #: Three roundings to float32 (scale, quotient, product), each 2^-24 of at most 255 steps, come to 4.6e-5 steps.
 ROUNDING_STEPS = 1e-4
 
-each_member = pytest.mark.parametrize(("fmt", "step", "limit"), MEMBERS, ids=lambda value: str(value))
+each_member = pytest.mark.parametrize(("fmt", "step", "limit"), MEMBERS, ids=label)
 
 
 @st.composite

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gracile.errors import DataError
 from gracile.patterns import NM, Channels, Heads, Unstructured
+from tests.labels import label
 
 #: pattern, sparsity asked for (None: its own), zeros it must leave of n scores.
 MASKS: list[tuple[Unstructured | NM, float | None, Callable[[int], int]]] = [
@@ -22,8 +23,8 @@ MASKS: list[tuple[Unstructured | NM, float | None, Callable[[int], int]]] = [
 ]
 UNITS = [Channels(), Channels(normalise=False), Heads(), Heads(normalise=False)]
 
-each_mask = pytest.mark.parametrize(("pattern", "sparsity", "zeros"), MASKS, ids=str)
-each_unit = pytest.mark.parametrize("pattern", UNITS, ids=str)
+each_mask = pytest.mark.parametrize(("pattern", "sparsity", "zeros"), MASKS, ids=label)
+each_unit = pytest.mark.parametrize("pattern", UNITS, ids=label)
 each_shape = pytest.mark.parametrize("shape", [(6, 12), (1, 24), (5, 4, 3, 3)])
 
 
