@@ -35,8 +35,8 @@ def test_a_linear_classifier_equals_the_formula_in_numpy() -> None:
     p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
     delta = p - np.eye(3)[y.numpy()]
     each = delta[:, :, None] * x.numpy()[:, None, :]
-    # Stored as float32.
-    np.testing.assert_allclose(found["0.weight"].gradient, each.mean(0), rtol=1e-5, atol=1e-8)
+    # Stored as float32, as sums of examples of about one.
+    np.testing.assert_allclose(found["0.weight"].gradient, each.mean(0), rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(found["0.weight"].gradient_sq, (each**2).mean(0), rtol=1e-5)
     np.testing.assert_allclose(found["0.bias"].gradient_sq, (delta**2).mean(0), rtol=1e-5)
     assert found["0.weight"].examples == 11
