@@ -96,21 +96,18 @@ def main() -> None:
         worst = None
         for name in args.variants:
             start = time.perf_counter()
+            tuned = bool(args.epochs) and worst is not None and name != HQQ
             if name == HQQ:
-                found = perplexity(by_hqq(model, CASES[case]))
-                row = {"case": case, "variant": name, "perplexity": found}
-                assert worst is not None, "the variant that shares are counted from comes first"
-                print(json.dumps(row | {"share": round((worst - found) / (worst - whole), 3)}), flush=True)
-                continue
-            step = gc.Quantize(CASES[case], exclude=EXCLUDED, **VARIANTS[name])
-            tuned = bool(args.epochs) and worst is not None
-            recipe = gc.Recipe(step, tune) if tuned else step
-            result = gc.compress(model, recipe, data, seed=args.seed)
+                rounded, notes = by_hqq(model, CASES[case]), []
+            else:
+                step = gc.Quantize(CASES[case], exclude=EXCLUDED, **VARIANTS[name])
+                result = gc.compress(model, gc.Recipe(step, tune) if tuned else step, data, seed=args.seed)
+                rounded, notes = result.model, result.report.steps[0].notes[:1]
             row = {"case": case, "variant": name, "tuned": tuned, "seconds": round(time.perf_counter() - start, 1)}
-            row["perplexity"] = found = perplexity(result.model)
+            row["perplexity"] = found = perplexity(rounded)
             worst = found if worst is None else worst
             row["share"] = round((worst - found) / (worst - whole), 3)
-            print(json.dumps(row | {"notes": result.report.steps[0].notes[:1]}), flush=True)
+            print(json.dumps(row | {"notes": notes}), flush=True)
 
 
 if __name__ == "__main__":
