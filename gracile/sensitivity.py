@@ -6,17 +6,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from gracile.check import check_request
-from gracile.context import Context, derive_seed
 from gracile.data import Data
 from gracile.formats import W2A8, W4A8, W8A8, Format, Scheme
 from gracile.goal import Bytes
-from gracile.sharing import own_parameters, share_parameters
 from gracile.solvers import RoundingSolver
 from gracile.steps import Quantize
+from gracile.steps.plan import on_a_copy
 
 
 @dataclass(frozen=True)
@@ -58,12 +56,8 @@ def measure_sensitivity(
     """
     check_request(model, data, None)
     step = Quantize(to=Bytes(1.0), options=tuple(options), solver=solver, exclude=exclude)
-    original, work = share_parameters(model).eval(), share_parameters(model).eval()
-    own_parameters(work, model)
-    context = Context(data, original, original, seed=derive_seed(seed, 0))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "step", 0))
-        losses = step.measure_losses(work, context)
+    with on_a_copy(step, model, data, None, seed) as (work, context):
+        losses = step.measure_losses(work.eval(), context)
     modules = dict(model.named_modules())
     rows = []
     for name, module in modules.items():

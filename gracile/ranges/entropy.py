@@ -34,29 +34,30 @@ class Entropy(Range):
         """Scale and zero point of the best range: both ends shrunk together, then each on its own."""
         low, high = min(histogram.minimum, 0.0), max(histogram.maximum, 0.0)
         shares = [step / self.thresholds for step in range(self.thresholds, 0, -1)]
-        low, high = self._best(histogram, fmt, [(low * share, high * share) for share in shares])
-        low, high = self._best(histogram, fmt, [(low, high * share) for share in shares])
-        low, high = self._best(histogram, fmt, [(low * share, high) for share in shares])
-        return scale_and_zero(fmt, low, high)
-
-    def _best(self, histogram: Histogram, fmt: Int, ranges: list[tuple[float, float]]) -> tuple[float, float]:
-        """The range of least divergence; of equal ones the first, which is the widest."""
         counts = _without_zero_peak(histogram)
         width = (histogram.high - histogram.low) / len(counts)
         centres = histogram.low + width * (torch.arange(len(counts)).double() + 0.5)
-        best, least = ranges[0], float("inf")
-        for low, high in ranges:
-            inside = (centres >= low) & (centres <= high)
-            if int(inside.sum()) <= fmt.qmax - fmt.qmin:
-                break
-            divergence = _divergence(counts, centres, inside, fmt, low, high)
-            if divergence < least:
-                best, least = (low, high), divergence
-        return best
+        low, high = _best(counts, centres, fmt, [(low * share, high * share) for share in shares])
+        low, high = _best(counts, centres, fmt, [(low, high * share) for share in shares])
+        low, high = _best(counts, centres, fmt, [(low * share, high) for share in shares])
+        return scale_and_zero(fmt, low, high)
 
     def rows(self, rows: Tensor, fmt: Int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The full range: one row has too few weights for a histogram. importance plays no part."""
         return full_range(rows, fmt)
+
+
+def _best(counts: Tensor, centres: Tensor, fmt: Int, ranges: list[tuple[float, float]]) -> tuple[float, float]:
+    """The range of least divergence; of equal ones the first, which is the widest."""
+    best, least = ranges[0], float("inf")
+    for low, high in ranges:
+        inside = (centres >= low) & (centres <= high)
+        if int(inside.sum()) <= fmt.qmax - fmt.qmin:
+            break
+        divergence = _divergence(counts, centres, inside, fmt, low, high)
+        if divergence < least:
+            best, least = (low, high), divergence
+    return best
 
 
 def _without_zero_peak(histogram: Histogram) -> Tensor:

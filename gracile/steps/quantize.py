@@ -162,8 +162,7 @@ class Quantize(Step):
         encoder, traced, layers = ready.encoder, ready.traced, ready.layers
         chosen = {name: found[0] for name, found in ready.schemes.items()}
         if self.to is not None and traced is not None:
-            options = {name: ready.schemes[name] for name in layers}
-            chosen = choose_schemes(model, traced, options, self.to, encoder, self.solver, context, recorder)
+            chosen = choose_schemes(model, traced, ready.schemes, self.to, encoder, self.solver, context, recorder)
         for name in layers:
             encoder.swap(model, name, chosen[name], recorder)
         quantize_recurrent(model, ready.recurrent, self._options[0].weight, self.ranges, recorder)
@@ -181,8 +180,7 @@ class Quantize(Step):
         self.check(model, context)
         ready = self._prepare(model, context, Recorder(self))
         assert ready.traced is not None, "a budget is needed to choose"
-        options = {name: ready.schemes[name] for name in ready.layers}
-        return measure_losses(model, ready.traced, options, ready.encoder, self.solver, context)
+        return measure_losses(model, ready.traced, ready.schemes, ready.encoder, self.solver, context)
 
     def _prepare(self, model: nn.Module, context: Context, recorder: Recorder) -> _Prepared:
         """Fold, equalize and measure; all that comes before the first layer is quantized."""
@@ -210,6 +208,7 @@ class Quantize(Step):
             encoder = Encoder(self.ranges, smoothing=self._smooth(model, layers, context, recorder))
         if not layers and not recurrent:
             raise NothingChangedError("Quantize: no layer was quantized.\n  The report's skipped rows say why.")
+        schemes = {name: schemes[name] for name in layers}
         return _Prepared(layers, recurrent, schemes, encoder, traced, reference)
 
     def _quantizable(self, model: nn.Module, context: Context, recorder: Recorder) -> tuple[list[str], list[str]]:

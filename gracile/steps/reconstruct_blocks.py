@@ -67,7 +67,9 @@ def reconstruct_blocks(
     with eval_mode(model, reference), torch.random.fork_rng(devices=[]):
         for done, (block, layers) in enumerate(blocks.items()):
             torch.manual_seed(context.generator("reconstruct", block).initial_seed())
-            gain = _reconstruct(model, reference, block, {n: weights[n] for n in layers}, solver, ranges, context)
+            calls = Calls(model, reference, block, context)
+            of_block = {name: weights[name] for name in layers}
+            gain = _reconstruct(calls, of_block, fitted, held_out, solver, ranges)
             if gain < 1:
                 found.gains[block] = gain
             context.progress("reconstruct", done + 1, len(blocks), block)
@@ -81,23 +83,21 @@ def reconstruct_blocks(
 
 
 def _reconstruct(
-    model: nn.Module,
-    reference: nn.Module,
-    block: str,
+    calls: Calls,
     weights: Mapping[str, Tensor],
+    fitted: Sequence[Batch],
+    held_out: Sequence[Batch],
     solver: AdaRound,
     ranges: Range,
-    context: Context,
 ) -> float:
     """Choose one block's roundings; its error on held-out batches as a share of what it was, 1 where it is put back."""
-    fitted, held_out = split_batches(context.data)
-    calls, module = Calls(model, reference, block, context), model.get_submodule(block)
+    module = calls.model.get_submodule(calls.block)
     before = {name: t.clone() for name, t in module.state_dict().items()}
     judged, given = calls.of(held_out), calls.of(fitted)
     if not judged or not given:
         return 1.0
     error = _error(module, judged)
-    _choose(model, block, weights, given, solver, ranges)
+    _choose(calls.model, calls.block, weights, given, solver, ranges)
     gained = _error(module, judged)
     if gained < error:
         return gained / error

@@ -27,7 +27,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
     plain = copy.deepcopy(model).cpu().float().eval()
     end_training(plain)
     for parent in list(plain.modules()):
-        for name, child in list(parent.named_children()):
+        for name, child in list(parent._modules.items()):
             if isinstance(child, QuantizedRecurrent):
                 setattr(parent, name, child.to_float())
     for parameter in plain.parameters():
