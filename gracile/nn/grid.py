@@ -28,21 +28,21 @@ class _WeightOnGrid(torch.autograd.Function):
             decoded, inside = _round(weight, scale, fmt, encoded.get("zero_point"))
         ctx.save_for_backward(weight, scale, decoded, inside)
         ctx.granularity = fmt.granularity
-        return decoded
+        return _laid_out_as(weight, decoded)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         weight, scale, decoded, inside = ctx.saved_tensors
         passed = gradients[0] * inside
         slope = to_rows(ctx.granularity, (gradients[0] * decoded - passed * weight).float()).sum(1)
-        return passed, slope.reshape(scale.shape) / scale, None, None
+        return _laid_out_as(weight, passed), slope.reshape(scale.shape) / scale, None, None
 
 
 class _FormatOnGrid(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, fmt: Format, encoded: dict[str, Tensor]) -> Tensor:
         given = {name: tensor for name, tensor in encoded.items() if name not in ("codes", "shape")}
-        return fmt.decode(fmt.encode(weight, **given)).to(weight.dtype)
+        return _laid_out_as(weight, fmt.decode(fmt.encode(weight, **given)).to(weight.dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
@@ -118,6 +118,11 @@ def learned_scale(scale: Tensor, change: Tensor, count: int) -> Tensor:
     """
     result: Tensor = _Learned.apply(scale, change, count)  # type: ignore[no-untyped-call]
     return result
+
+
+def _laid_out_as(weight: Tensor, values: Tensor) -> Tensor:
+    """Values in the memory format of the weight, by which convolutions choose theirs."""
+    return torch.empty_like(weight).copy_(values)
 
 
 def _round(weight: Tensor, scale: Tensor, fmt: Int, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:

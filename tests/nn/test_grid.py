@@ -224,3 +224,16 @@ def test_zeros_stay_exactly_zero(fmt: Format) -> None:
     assert not new.decoded_weight()[:, ::2].any()
     end_training(new)
     assert not new.decoded_weight()[:, ::2].any()
+
+
+@pytest.mark.parametrize("fmt", [Int(4), Int(4, PerTensor()), NF4(PerGroup(4))], ids=str)
+def test_the_rounded_kernel_is_laid_out_as_its_parameter(fmt: Format) -> None:
+    """A convolution lays its output out as its kernel is: else the whole net computes in the slower layout."""
+    weight = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(1))
+    encoded = fmt.encode(weight)
+    kernel = weight.contiguous(memory_format=torch.channels_last).requires_grad_()
+    rounded = weight_on_grid(kernel, fmt, encoded)
+    assert rounded.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(rounded, weight_on_grid(weight, fmt, encoded))
+    rounded.sum().backward()
+    assert kernel.grad is not None and kernel.grad.is_contiguous(memory_format=torch.channels_last)
