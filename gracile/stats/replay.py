@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from gracile.data import Batch, Data, logits_of
 from gracile.stats.sums import read_inputs
+from gracile.stats.timeline import Timeline, follow
 
 #: What outputs of all batches may take together; a model that needs more is run from its start each time.
 HELD_BYTES = 2 << 30
@@ -21,15 +22,17 @@ class Replay:
     """Forwards of fixed batches through a model that changes layer after layer, in the order in which it calls them.
 
     After `seek(layer)`, modules that end before the layer begins give the outputs that they gave when they last ran;
-    the model must not change before that layer any more. On one batch the layer's input is compared with that of a
-    forward from the start; where they differ in any bit (modules that keep a state, say) nothing is replayed.
+    the model must not change before that layer any more. Of these only what is still read is held, of a chain of blocks
+    the last one's output; the others give NaN, which takes no memory. On one batch the layer's input is compared with
+    that of a forward from the start; where they differ in any bit (modules that keep a state, say) nothing is replayed.
     """
 
     def __init__(self, model: nn.Module, data: Data, batches: Sequence[Batch]) -> None:
         self.model, self.data, self.batches = model, data, batches
         self.works = len(batches) > 0
-        self._spans: dict[str, tuple[int, int]] = {}
+        self._timeline: Timeline | None = None
         self._wanted: list[str] = []
+        self._read: set[str] = set()
         self._start = -1
         self._held: list[dict[str, Any]] = [{} for _ in batches]
 
@@ -45,7 +48,10 @@ class Replay:
                 return self.data.forward(self.model, self.batches[index])
         finally:  # a forward may be stopped behind the layer
             everything = held | found
-            self._held[index] = {name: everything[name] for name in self._wanted if name in everything}
+            kept = {name: everything[name] for name in self._wanted if name in everything}
+            if len(kept) == len(self._wanted):  # what reads the others will not run again
+                kept = {name: y if name in self._read else _without_values(y) for name, y in kept.items()}
+            self._held[index] = kept
 
     @torch.no_grad()
     def outputs(self) -> list[Tensor]:
@@ -56,16 +62,17 @@ class Replay:
         """Let forwards start at this layer. The model has to be in eval mode."""
         if not self.works:
             return
-        if not self._spans:
-            self._spans = _spans(self.model, self.data, self.batches[0])
-        if layer not in self._spans:
+        if self._timeline is None:
+            self._timeline = follow(self.model, lambda: self.data.forward(self.model, self.batches[0]))
+        if layer not in self._timeline.spans:
             self.clear()
             self._wanted = []
             return
-        start = self._spans[layer][0]
+        start = self._timeline.spans[layer][0]
         if start < self._start:
             self.clear()
-        self._start, self._wanted = start, _ended_before(start, self._spans)
+        self._start, self._wanted = start, self._timeline.ended_before(start)
+        self._read = self._timeline.read_without(self._wanted)
         expected = read_inputs(self.model, [layer], lambda model: self.data.forward(model, self.batches[0]))
         found = read_inputs(self.model, [layer], lambda model: self.run(0))
         again = read_inputs(self.model, [layer], lambda model: self.run(0))
@@ -79,48 +86,15 @@ class Replay:
         self._held = [{} for _ in self.batches]
         self._start = -1
 
+    def held(self) -> list[Tensor]:
+        """The outputs held, of all batches."""
+        return [leaf for leaf in tree_leaves(self._held) if isinstance(leaf, Tensor)]
+
     def _nbytes(self) -> int:
-        return sum(t.nbytes for t in tree_leaves(self._held[0]) if isinstance(t, Tensor)) * len(self.batches)
-
-
-def _spans(model: nn.Module, data: Data, batch: Batch) -> dict[str, tuple[int, int]]:
-    """Module -> when it begins and ends, in events, of those that are called once and give tensors alone."""
-    begins: dict[str, list[int]] = {}
-    ends: dict[str, int] = {}
-    others: set[str] = set()
-    clock = iter(range(1 << 62))
-    handles = []
-
-    def on_begin(name: str) -> None:
-        begins.setdefault(name, []).append(next(clock))
-
-    def on_end(name: str, output: Any) -> None:
-        ends[name] = next(clock)
-        if not all(leaf is None or isinstance(leaf, (Tensor, int, float, str)) for leaf in tree_leaves(output)):
-            others.add(name)
-
-    for name, module in model.named_modules():
-        if name:
-            handles.append(module.register_forward_pre_hook(lambda _m, _a, name=name: on_begin(name)))
-            handles.append(module.register_forward_hook(lambda _m, _a, y, name=name: on_end(name, y)))
-    try:
-        data.forward(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {n: (b[0], ends[n]) for n, b in begins.items() if len(b) == 1 and n in ends and n not in others}
-
-
-def _ended_before(start: int, spans: dict[str, tuple[int, int]]) -> list[str]:
-    """Modules that have ended by then, without those that ran inside another of them."""
-    ended = sorted((span, name) for name, span in spans.items() if span[1] < start)
-    outermost: list[str] = []
-    last = -1
-    for (_, end), name in ended:
-        if end > last:
-            outermost.append(name)
-            last = end
-    return outermost
+        """What those of all batches will take, by the first."""
+        return sum(t.untyped_storage().nbytes() for t in tree_leaves(self._held[0]) if isinstance(t, Tensor)) * len(
+            self.batches
+        )
 
 
 @contextmanager
@@ -152,5 +126,20 @@ def _noting(model: nn.Module, names: Sequence[str], found: dict[str, Any]) -> It
             handle.remove()
 
 
+def _without_values(output: Any) -> Any:
+    """The same shapes and types, NaN or zero throughout, in the memory of one value."""
+
+    def empty(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.new_full((), torch.nan if leaf.is_floating_point() else 0).expand(leaf.shape)
+
+    return tree_map(empty, output)
+
+
 def _copied(output: Any) -> Any:
-    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) and _has_values(leaf) else leaf, output)
+
+
+def _has_values(leaf: Tensor) -> bool:
+    return leaf.ndim == 0 or any(leaf.stride())

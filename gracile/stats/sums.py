@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 
 
-class _Reached(BaseException):
+class Reached(BaseException):
     """Raised once all that is wanted is there: the rest of the forward is not needed.
 
     No `Exception`, so that neither the model's own handlers nor ours take it for a failure.
@@ -59,7 +59,7 @@ def read_layer(
 
     def on_stream(stream: Tensor) -> None:
         streams.append(stream.clone())
-        raise _Reached
+        raise Reached
 
     inputs = _read(model, [layer], run, None if summed is None else (watch, summed, on_stream))
     return inputs[layer], streams[0] if streams else None
@@ -84,7 +84,7 @@ def _read(
         def on_input(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
             inputs[name] = args[0].clone() if len(layers) > 1 else args[0]  # later operators may write into it
             if then is None and len(inputs) == len(layers):
-                raise _Reached
+                raise Reached
 
         handles.append(model.get_submodule(name).register_forward_pre_hook(on_input))
     try:
@@ -97,7 +97,7 @@ def _read(
             )
             with watch:
                 run(model)
-    except _Reached:
+    except Reached:
         pass
     finally:
         for handle in handles:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from gracile.data import Batch, Data
 from gracile.modes import eval_mode
+from gracile.stats.replay import Replay
 from gracile.stats.rows import rows_at
-from gracile.stats.sums import WatchSums, stream_of
+from gracile.stats.sums import Reached, WatchSums, stream_of
 
 #: Tokens or positions behind the moments of one layer; neighbouring positions of an image say nearly the same.
 ROWS = 65536
@@ -42,7 +43,8 @@ class Target:
 class Targets:
     """Targets of layers of the original; one forward of each batch gives those of the layer asked for and of more.
 
-    The layers behind it come along as far as they may be held; what was held before is then dropped.
+    The layers behind it come along as far as they may be held; what was held before is then dropped. Forwards start
+    where the layer is and end behind the last of those that come along.
 
     original: runs in eval mode. layers: in the order of its forward, each called once. sums: layer -> the module whose
     output is added to a stream: the layer itself or the batch norm behind it. absorbed: such layers -> blocks behind
@@ -64,6 +66,7 @@ class Targets:
         self.absorbed = dict(absorbed or {})
         self._seed = int(torch.randint(2**31, (1,), generator=generator))
         self._held: dict[str, Target] = {}
+        self._replay: Replay | None = None
 
     def of(self, layer: str) -> Target:
         """The layer's target; the same each time it is asked for."""
@@ -76,8 +79,12 @@ class Targets:
     def _collect(self, layers: Sequence[str]) -> None:
         held = {name: Target() for name in layers}
         with eval_mode(self.original):
-            for done, batch in enumerate(self.batches):
-                self._add(held, batch)
+            if self._replay is None:  # the first time there is nothing to replay
+                self._replay = Replay(self.original, self.data, self.batches)
+            else:
+                self._replay.seek(layers[0])
+            for done in range(len(self.batches)):
+                self._add(held, done)
                 if not done:
                     total, fits = 0, dict[str, Target]()
                     for name, target in held.items():
@@ -88,11 +95,20 @@ class Targets:
                     held = fits
         self._held = held
 
-    def _add(self, held: Mapping[str, Target], batch: Batch) -> None:
+    def _add(self, held: Mapping[str, Target], batch: int) -> None:
+        assert self._replay is not None
         wanted = max(1, ROWS // len(self.batches))
         watch = WatchSums()
         owners = {self.sums[name]: name for name in held if name in self.sums}
         handles = []
+        streamed = [name for name in held if name in self.sums]
+        left = len(held) + len(streamed) + sum(len(self.absorbed.get(name, ())) for name in streamed)
+
+        def one_less() -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                raise Reached
 
         def on_output(name: str, y: Tensor) -> None:
             layer: Any = self.original.get_submodule(name)
@@ -106,18 +122,21 @@ class Targets:
             target.chosen.append(chosen.to(y.device))
             bias = 0.0 if layer.bias is None else layer.bias
             target.outputs.append(rows_at(layer, y, target.chosen[-1]) - bias)
+            one_less()
 
         def on_stream(name: str, stream: Tensor) -> None:
             target = held[name]
             target.streams.append(rows_at(self.original.get_submodule(name), stream, target.chosen[-1]))
+            one_less()
 
         for name in held:
             for block in self.absorbed.get(name, ()) if name in self.sums else ():
 
                 def on_block(_m: Any, args: Any, kwargs: Any, y: Any, name: str = name) -> None:
-                    entered, left = stream_of(args, kwargs, y)
+                    before, after = stream_of(args, kwargs, y)
                     target = held[name]
-                    target.streams[-1] += rows_at(self.original.get_submodule(name), left - entered, target.chosen[-1])
+                    target.streams[-1] += rows_at(self.original.get_submodule(name), after - before, target.chosen[-1])
+                    one_less()
 
                 block_module = self.original.get_submodule(block)
                 handles.append(block_module.register_forward_hook(on_block, with_kwargs=True))
@@ -131,7 +150,9 @@ class Targets:
             )
         try:
             with watch:
-                self.data.forward(self.original, batch)
+                self._replay.run(batch)
+        except Reached:
+            pass
         finally:
             for handle in handles:
                 handle.remove()

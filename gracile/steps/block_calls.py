@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from gracile.context import Context
 from gracile.data import Batch
+from gracile.stats.sums import Reached
 
 #: What inputs and outputs of one block may take together; of more calibration batches only the first are used.
 HELD_BYTES = 2 << 30
@@ -89,20 +90,16 @@ class Calls:
         def note(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             copied = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
             seen.extend((copied, main_output(output).clone()))
-            raise _Reached
+            raise Reached  # the rest of the forward is not needed
 
         handle = model.get_submodule(self.block).register_forward_hook(note, with_kwargs=True)
         try:
             self.context.data.forward(model, batch)
-        except _Reached:
+        except Reached:
             pass
         finally:
             handle.remove()
         return seen[0], seen[1]
-
-
-class _Reached(BaseException):
-    """The block has run: the rest of the forward is not needed. No `Exception`, which a model might handle."""
 
 
 def main_output(output: Any) -> Tensor:

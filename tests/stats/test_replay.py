@@ -98,6 +98,19 @@ def test_a_stopped_forward_still_notes_what_ended() -> None:
     assert torch.equal(x, again) and net.blocks[0].runs == runs
 
 
+def test_of_finished_blocks_only_what_is_read_is_held() -> None:
+    blocks = [nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(6)]
+    net = nn.Sequential(nn.Linear(4, 64), *blocks)
+    replay, data = made(net)
+    replay.seek("6.0")
+    for i in range(len(data)):
+        replay.run(i)
+    held = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in replay.held())}
+    assert sum(held.values()) < 2 * len(data) * 5 * 64 * 4  # one block's output, not five
+    with torch.no_grad():
+        assert all(torch.equal(replay.run(i), net(x)) for i, x in enumerate(data))
+
+
 class Counter(nn.Module):
     """Its output depends on how often it has been called: it cannot be replayed."""
 

@@ -61,9 +61,29 @@ def test_what_does_not_fit_is_measured_when_its_turn_comes(monkeypatch: pytest.M
     whole, _ = made(net)
     expected = {name: whole.of(name) for name in ("first", "second")}
     monkeypatch.setattr(module, "HELD_BYTES", 1)
-    net.forwards = 0
-    targets, data = made(net)
+    targets, _ = made(net)
     for name in ("first", "second", "first"):
         found = targets.of(name)
         assert all(torch.equal(a, b) for a, b in zip(found.outputs, expected[name].outputs, strict=True))
-    assert net.forwards == 3 * len(data)
+        assert all(torch.equal(a, b) for a, b in zip(found.streams, expected[name].streams, strict=True))
+
+
+class Counted(nn.Linear):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_forwards_start_at_the_layer_and_end_behind_the_last_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HELD_BYTES", 1)
+    net = nn.Sequential(*(Counted(4, 4) for _ in range(5)))
+    data = [torch.randn(3, 4) for _ in range(9)]
+    targets = Targets(net, data, Data(calibration=data), [str(i) for i in range(5)], torch.Generator())
+    for wanted in range(5):
+        before = [layer.calls for layer in net]
+        targets.of(str(wanted))
+        runs = [layer.calls - count for layer, count in zip(net, before, strict=True)]
+        assert runs[wanted] >= len(data)
+        assert all(count < len(data) for i, count in enumerate(runs) if i not in (wanted - 1, wanted))
