@@ -1,9 +1,10 @@
 """Quantization-aware distillation: a ResNet-20 with few bits in weights and inputs, trained on its learned grids.
 
-    python -m benchmarks.low_bits [--schemes W4A4 W3A3 W2A2] [--epochs 20] [--solver GPTQ] [--seed 0]
+    python -m benchmarks.low_bits [--schemes W4A4 W3A3 W2A2] [--epochs 20] [--no-hints] [--solver GPTQ] [--seed 0]
 
-From `apot_res20_32bit` (92.96 % on test5k). Training on augmented images of train20k, soft labels of the float model
-only; part of these choose the epoch, and test5k only judges. First and last layer have 8 bits.
+From `apot_res20_32bit` (92.96 % on test5k). Training on augmented images of train20k, by soft labels of the float model
+and, unless --no-hints, its blocks' states; part of these choose the epoch, and test5k only judges. First and last layer
+have 8 bits.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--mixup", type=float, default=0.5)
+    parser.add_argument("--hints", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--solver", choices=("nearest", "GPTQ"), default="nearest")
     parser.add_argument("--images", type=int, default=1024, help="to calibrate on")
     parser.add_argument("--train", type=int, default=20_000, help="images to train on")
@@ -46,7 +48,7 @@ def main() -> None:
     for name in args.schemes:
         quantize = gc.Quantize(getattr(gc.formats, name), solver=solver)
         distill = gc.Distill(
-            losses=(gc.SoftLabels(temperature=args.temperature),),
+            losses=(gc.SoftLabels(temperature=args.temperature), *([gc.losses.Hint()] if args.hints else [])),
             epochs=args.epochs,
             mixup=args.mixup,
             optimizer=AdamW(args.learning_rate, weight_decay=0.0),
