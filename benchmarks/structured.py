@@ -24,12 +24,14 @@ import gracile as gc
 from benchmarks.channels import cut_by_torch_pruning, macs
 from benchmarks.datasets import augment, augmented_loader, batches, cifar10
 from benchmarks.models import accuracy, resnet20_akamaster, resnet20_projection, resnet32_akamaster
+from benchmarks.separable import separable
 from gracile.steps import AdamW
 
 MODELS = {
     "woodfisher_resnet20": (resnet20_projection, "woodfisher"),
     "resnet20_akamaster": (resnet20_akamaster, "akamaster"),
     "resnet32_akamaster": (resnet32_akamaster, "akamaster"),
+    "separable": (separable, "akamaster"),  # trained by benchmarks.separable
 }
 
 #: Images in a batch to fit on, and in one that the allocation is judged by.
