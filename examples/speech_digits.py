@@ -5,6 +5,7 @@ Run: python examples/speech_digits.py [--data DIR]
 
 from __future__ import annotations
 
+import argparse
 from itertools import pairwise
 from pathlib import Path
 
@@ -87,8 +88,8 @@ def mask_and_shift(spectra: Tensor, generator: torch.Generator) -> Tensor:
     return spectra
 
 
-def main() -> None:
-    options = arguments(__doc__, NEEDS)
+def trained(options: argparse.Namespace) -> tuple[nn.Module, dict[str, tuple[Tensor, Tensor]]]:
+    """The network, and spectra and labels of the parts "train", "evaluation" and "test"."""
     spectra, labels, index = read(options.data / "fsdd/fsdd.npz")
     # The official test set is recordings 0 to 4 of each speaker and digit; 5 to 14 are held out from the rest.
     parts = {"test": index < 5, "evaluation": (index >= 5) & (index < 15), "train": index >= 15}
@@ -97,16 +98,21 @@ def main() -> None:
         name: (torch.from_numpy((spectra[part] - mean) / std), torch.from_numpy(labels[part]))
         for name, part in parts.items()
     }
-    evaluation, test = batches(*split["evaluation"], 32), batches(*split["test"], 32)
-
     torch.manual_seed(0)
-    run = options.runs / "speech_digits"
     model = train_once(
         SpokenDigits(),
-        run / "model.safetensors",
+        options.runs / "speech_digits" / "model.safetensors",
         lambda model: fit(model, *split["train"], epochs=20, lr=3e-3, batch_size=32, augment=mask_and_shift),
     )
-    print(f"Held out: accuracy {accuracy(model, evaluation):.4f}")
+    print(f"Held out: accuracy {accuracy(model, batches(*split['evaluation'], 32)):.4f}")
+    return model, split
+
+
+def main() -> None:
+    options = arguments(__doc__, NEEDS)
+    model, split = trained(options)
+    evaluation, test = batches(*split["evaluation"], 32), batches(*split["test"], 32)
+    run = options.runs / "speech_digits"
 
     order = torch.randperm(len(split["train"][1]), generator=torch.Generator().manual_seed(0))
     data = gc.Data(

@@ -5,13 +5,14 @@ Run: python examples/text_trec.py [--data DIR]
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import accuracy, arguments, batches, fit, show, train_once
+from common import Batches, accuracy, arguments, batches, fit, show, train_once
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -107,8 +108,8 @@ def drop_words(tokens: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(hidden & (tokens != PAD), UNKNOWN, tokens)
 
 
-def main() -> None:
-    options = arguments(__doc__, NEEDS)
+def trained(options: argparse.Namespace) -> tuple[nn.Module, tuple[Tensor, Tensor], Batches, Batches]:
+    """The encoder, and the training questions, those held out from them, and those of the official test set."""
     asked = read(options.data / "text-classification/TREC.test.all")
     questions = [q for q in read(options.data / "text-classification/TREC.train.all") if q not in set(asked)]
     order = np.random.default_rng(0).permutation(len(questions))
@@ -116,16 +117,20 @@ def main() -> None:
     counts = Counter(word for question, _ in fitted for word in words_of(question))
     vocabulary = {word: number for number, (word, n) in enumerate(counts.most_common(), start=2) if n > 1}
     train, evaluation = encode(fitted, vocabulary), batches(*encode(held_out, vocabulary), 32)
-    test = batches(*encode(asked, vocabulary), 32)
-
     torch.manual_seed(0)
-    run = options.runs / "text_trec"
     model = train_once(
         QuestionEncoder(len(vocabulary) + 2),
-        run / "model.safetensors",
+        options.runs / "text_trec" / "model.safetensors",
         lambda model: fit(model, *train, epochs=20, lr=2e-3, batch_size=64, augment=drop_words),
     )
     print(f"Held out: accuracy {accuracy(model, evaluation):.4f}")
+    return model, train, evaluation, batches(*encode(asked, vocabulary), 32)
+
+
+def main() -> None:
+    options = arguments(__doc__, NEEDS)
+    model, train, evaluation, test = trained(options)
+    run = options.runs / "text_trec"
 
     data = gc.Data(
         train=batches(*train, 32),

@@ -12,7 +12,7 @@ class Histogram:
     """Counts of a tensor's values in equal bins over [low, high].
 
     counts: [bins] float64. low, high: the range covered, widened by doubling as values arrived.
-    minimum, maximum: the exact extremes seen (inside [low, high]).
+    minimum, maximum: the exact extremes seen (inside [low, high]). extremes: those of each tensor that came, in order.
     """
 
     counts: Tensor
@@ -20,6 +20,7 @@ class Histogram:
     high: float
     minimum: float
     maximum: float
+    extremes: tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ STEPS = [
     gc.Quantize(to=gc.Bytes(0.2), options=(gc.W8A8, gc.W4A8, gc.Int(2))),
     gc.Quantize(gc.W8A16, ranges=gc.ranges.MinMax()),
     gc.Quantize(gc.W8A8, ranges=gc.ranges.Entropy(thresholds=32)),
+    gc.Quantize(gc.W8A8, ranges=gc.ranges.MovingAverage(rate=0.1)),
     gc.Quantize(gc.W8A8, equalize=gc.equalize.SmoothQuant(alphas=(0.5, 0.7), minimum_gain=1.5)),
     gc.Quantize(gc.W4A16(group=8), equalize=gc.equalize.AWQ(alphas=(0.5,)), solver=gc.solvers.GPTQ(beam=2)),
     gc.Quantize(gc.W4A4, solver=gc.solvers.AdaRound(iterations=10, start=gc.solvers.GPTQ(asymmetry=1.0))),

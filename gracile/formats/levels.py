@@ -28,7 +28,7 @@ class Levels(Format):
     @property
     @abstractmethod
     def levels(self) -> tuple[float, ...]:
-        """The levels in the order of their codes, 0 among them; of two that are equal the later is not used."""
+        """The levels in the order of their codes; of two that are equal the later is not used."""
 
     def scale_of(self, rows: Tensor) -> Tensor:
         """Scales [k] of weights [k, n] that share one each: the largest weight falls on the largest level."""
@@ -186,6 +186,26 @@ class Ternary(Levels):
     def _unpack(self, packed: Tensor, count: int) -> Tensor:
         digits = packed.long().unsqueeze(1) // _POWERS.to(packed.device) % 3
         return digits.reshape(-1)[:count].to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Binary(Levels):
+    """scale · {−1, 1}, the scale being the mean magnitude, which has the least squared error; one bit each.
+
+    There is no zero: a weight that is exactly zero becomes −scale, except in a row of nothing but zeros, whose scale is
+    the smallest there is; pruned layers are refused. Source: XNOR-Net, Rastegari et al. 2016, arXiv:1603.05279, eq. 6.
+    """
+
+    granularity: Granularity = PerChannel(0)
+    bits = 1
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        return (-1.0, 1.0)
+
+    def scale_of(self, rows: Tensor) -> Tensor:
+        """The mean magnitude of each row."""
+        return rows.double().abs().mean(1).float().clamp(min=SMALLEST_SCALE)
 
 
 #: Five digits of base 3 in a byte: 3⁵ = 243.

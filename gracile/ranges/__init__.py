@@ -5,7 +5,8 @@ from __future__ import annotations
 from gracile.ranges.base import Range
 from gracile.ranges.entropy import Entropy
 from gracile.ranges.min_max import MinMax
+from gracile.ranges.moving_average import MovingAverage
 from gracile.ranges.mse import MSE
 from gracile.ranges.percentile import Percentile
 
-__all__ = ["MSE", "Entropy", "MinMax", "Percentile", "Range"]
+__all__ = ["MSE", "Entropy", "MinMax", "MovingAverage", "Percentile", "Range"]

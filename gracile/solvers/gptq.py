@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 
 from gracile.errors import ConfigError
+from gracile.solvers.enumeration import enumerate_roundings
 from gracile.solvers.nearest_plane import Columns, nearest_plane
 from gracile.solvers.rounding import Grid, Rounded, RoundingProblem, RoundingSolver, better_rows, nearest
+
+#: Columns up to which polishing also tries all roundings of a row, up or down each.
+SHORT = 10
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,8 @@ class GPTQ(RoundingSolver):
         is needed when the model runs (group-aware order); "given" takes them as they stand.
     beam: roundings of a row that go on side by side (`nearest_plane`); 1 is GPTQ's own sweep. None: as many as keep
         the sweep below 2³¹ multiplications, from 1 to 8.
-    polish: sweeps of the descent; 0 leaves the weight as GPTQ gives it.
+    polish: sweeps of the descent; 0 leaves the weight as GPTQ gives it. Of rows of up to ten columns (depthwise 3×3
+        convolutions) all roundings up or down are tried besides.
     rounds: how often columns are rounded and polished, from the second time on with the scales that the last polish
         found; the best of each row is kept.
     damping: λ as a share of the mean of the diagonal. asymmetry: α, from 0 (what the layer gives on its present inputs)
@@ -71,6 +76,8 @@ class GPTQ(RoundingSolver):
                 state = state.in_order(back)
             for _ in range(self.polish):
                 _descend(state, problem, grid, block)
+                if prior.shape[-1] <= SHORT:
+                    enumerate_roundings(state, problem, grid)
             weight = state.weight.mT
             found = Rounded(weight, state.scale.mT, state.zero.mT, problem.loss(weight), baseline.loss)
             best = better_rows(found, best)

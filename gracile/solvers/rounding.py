@@ -13,6 +13,8 @@ from gracile.solvers.base import Moments
 
 #: Columns of a layer whose loss is summed at a time.
 _BLOCK = 512
+#: How often the damping may grow tenfold.
+_RAISES = 16
 
 
 class Grid(ABC):
@@ -47,12 +49,13 @@ class RoundingProblem:
 
     target: V, [..., out, d], the weight that would be best without a grid. metric: M, [..., d, d], positive definite.
     Leading axes are the groups of a convolution. zeros: [..., out, d], weights that have to stay zero, which an earlier
-    step pruned; None: there are none.
+    step pruned; None: there are none. raised: how often the damping had to grow tenfold before M was positive definite.
     """
 
     target: Tensor
     metric: Tensor
     zeros: Tensor | None = None
+    raised: int = 0
 
     def loss(self, weight: Tensor) -> Tensor:
         """(Q − V) M (Q − V)ᵀ of each row, [..., out]."""
@@ -102,7 +105,7 @@ def rounding_problem(
     the second moment about zero. asymmetry: α, how much of the target is what the original gives on its own inputs
     rather than on the present ones. Inputs that never vary say nothing: there V = W and M = I. Where rounding has made
     C indefinite, λ grows tenfold until M has a Cholesky factor. float64 up to 1,024 columns, float32 beyond. Raises
-    DataError for moments that are not finite.
+    DataError for moments that are not finite, or so far from being moments that no damping helps.
     """
     if not bool(torch.isfinite(moments.gram).all() & torch.isfinite(moments.cross).all()):
         raise DataError("The moments of a layer's inputs or outputs hold NaN or infinity.")
@@ -115,12 +118,15 @@ def rounding_problem(
     level = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
     silent = (level <= 0)[..., None, None]
     ridge = damping * level
-    for _ in range(16):
+    raised = 0
+    while True:
         metric = torch.where(silent, identity, gram + ridge[..., None, None] * identity)
         root, failed = torch.linalg.cholesky_ex(metric)
         if not bool(failed.any()):
             break
-        ridge = torch.where(failed > 0, 10 * ridge, ridge)
+        if raised == _RAISES:
+            raise DataError("The moments of a layer's inputs have no Cholesky factor, however much they are damped.")
+        ridge, raised = torch.where(failed > 0, 10 * ridge, ridge), raised + 1
     target = weight
     if asymmetry > 0:
         wanted = asymmetry * cross + (1 - asymmetry) * weight @ gram + ridge[..., None, None] * weight
@@ -128,7 +134,7 @@ def rounding_problem(
         target = torch.where(silent, weight, solved)
     dtype = torch.float64 if width <= 1024 else torch.float32
     zeros = weight == 0
-    return RoundingProblem(target.to(dtype), metric.to(dtype), zeros if bool(zeros.any()) else None)
+    return RoundingProblem(target.to(dtype), metric.to(dtype), zeros if bool(zeros.any()) else None, raised)
 
 
 def nearest(prior: Tensor, problem: RoundingProblem, grid: Grid) -> Rounded:

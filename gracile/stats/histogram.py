@@ -20,7 +20,8 @@ class StreamingHistogram:
 
     The first values that differ set the range. When a later one lies outside, neighbouring bins merge in pairs and the
     range doubles towards it, so no count is ever lost or moved to a bin that does not contain its value. The exact
-    minimum and maximum are kept beside the bins. Memory: `bins` integers, whatever the stream.
+    minimum and maximum are kept beside the bins, and those of every tensor that came. Memory: `bins` integers, and two
+    numbers for each tensor.
     """
 
     def __init__(self, bins: int = 2048) -> None:
@@ -30,6 +31,7 @@ class StreamingHistogram:
         self.counts = torch.zeros(bins, dtype=torch.int64)
         self.low = self.high = 0.0
         self.minimum, self.maximum = float("inf"), -float("inf")
+        self.extremes: list[tuple[float, float]] = []
         self._constant = 0  # values seen while all were equal, which no range can hold yet
 
     def update(self, tensor: Tensor) -> None:
@@ -45,6 +47,7 @@ class StreamingHistogram:
                 "A layer's values are NaN or infinite on the calibration data.\n"
                 "  Check the data (it is fed to the model as it is) and that the model works on it."
             )
+        self.extremes.append((low, high))
         before = self.minimum
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
         if self.minimum == self.maximum:
@@ -63,12 +66,13 @@ class StreamingHistogram:
         if self.minimum > self.maximum:
             raise DataError("A layer saw no values on the calibration data, so it has no range.")
         if self.minimum < self.maximum:
-            return Histogram(self.counts.double(), self.low, self.high, self.minimum, self.maximum)
+            extremes = tuple(self.extremes)
+            return Histogram(self.counts.double(), self.low, self.high, self.minimum, self.maximum, extremes)
         constant = self.minimum
         low, high = (min(constant, 0.0), max(constant, 0.0)) if constant else (0.0, 1.0)
         counts = torch.zeros(self.bins, dtype=torch.float64)
         counts[-1 if constant > 0 else 0] = self._constant
-        return Histogram(counts, low, high, constant, constant)
+        return Histogram(counts, low, high, constant, constant, tuple(self.extremes))
 
     def _binned(self, values: Tensor) -> Tensor:
         positions = (values - self.low) * (self.bins / (self.high - self.low))

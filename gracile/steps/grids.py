@@ -58,7 +58,7 @@ class LevelGrid(_FormatGrid):
     """scale · level of a fixed table: a scale per row, group of columns or tensor, of least weighted squared error."""
 
     #: Scales tried, as shares of the one that puts the largest weight on the largest level.
-    SHARES = tuple(i / 64 for i in range(64, 15, -1))
+    SHARES = tuple(i / 64 for i in range(64, 7, -1))
 
     def __init__(self, fmt: Levels) -> None:
         super().__init__(fmt.granularity)

@@ -44,7 +44,7 @@ class Quantize(Step):
         the forward: solvers.GPTQ(), or solvers.AdaRound(), which goes on from there block by block. Needs calibration
         data. None: every weight goes to the nearest code.
     ranges: how scales are found from weights and from what calibration saw: MinMax(), Percentile(), Entropy(),
-        MSE().
+        MovingAverage(), MSE().
     equalize: SmoothQuant() moves outliers of a linear layer's input channels into its weight, where that lowers the
         layer's output error; needs a scheme with an input format. AWQ() scales weights that read large inputs up, in
         schemes without one. CrossLayer() shares scales out between layers that follow each other, where that lowers the
@@ -71,7 +71,7 @@ class Quantize(Step):
     def __post_init__(self) -> None:
         self._check_schemes()
         if not isinstance(self.ranges, Range):
-            raise ConfigError(f"Quantize(ranges={self.ranges!r}): expected MinMax(), Percentile(), Entropy() or MSE().")
+            raise ConfigError(f"Quantize(ranges={self.ranges!r}): expected one of gracile.ranges, such as MSE().")
         self._check_equalize()
         if self.solver is not None and not isinstance(self.solver, RoundingSolver):
             raise ConfigError(f"Quantize(solver={self.solver!r}): expected a rounding solver, solvers.GPTQ(), or None.")

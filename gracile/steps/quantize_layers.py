@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gracile.context import Context
 from gracile.errors import ConfigError, DataError, NothingChangedError
-from gracile.formats import Format, Int, PerChannel, Scheme, format_to_config
+from gracile.formats import Format, Int, Levels, PerChannel, Scheme, format_to_config
 from gracile.graph import Trace
 from gracile.layer_stats import LayerStats
 from gracile.nn import QuantizedLayer, quantize_layer, quantized_kind, recurrent_kind
@@ -100,6 +100,11 @@ class Encoder:
             raise DataError(f"Quantize: the weight of layer '{name}' holds NaN or infinity.")
         fmt = format_for(layer, scheme.weight)
         self._sized(name, layer, fmt)
+        if isinstance(fmt, Levels) and 0.0 not in fmt.levels and has_zeros(weight):
+            raise ConfigError(
+                f"Quantize: layer '{name}' {tuple(weight.shape)} was pruned, and {type(fmt).__name__} has no zero.\n"
+                f"  Use Ternary() for it, or exclude it."
+            )
         if isinstance(fmt, Int):
             return fmt.encode(weight, self.ranges.weight(weight, fmt))
         try:

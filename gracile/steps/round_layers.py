@@ -31,13 +31,14 @@ class Rounding:
     """How layers came out of a solver.
 
     gains: layer -> the loss of its outputs as a share of what rounding to nearest leaves, 0 to 1. errors: the same as
-    a share of the outputs' squares. skipped: layers that stay rounded to nearest, and why. error, nearest_error: of
-    the model's outputs on held-out batches, by the solver and by rounding to nearest. kept: whether the solver's
-    weights are the model's.
+    a share of the outputs' squares. raised: layer -> how often its damping grew tenfold, where it did. skipped: layers
+    that stay rounded to nearest, and why. error, nearest_error: of the model's outputs on held-out batches, by the
+    solver and by rounding to nearest. kept: whether the solver's weights are the model's.
     """
 
     gains: dict[str, float] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
+    raised: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     error: float = math.inf
     nearest_error: float = math.inf
@@ -81,8 +82,10 @@ def round_in_sequence(
     with eval_mode(model, reference):
         for done, name in enumerate(order):
             try:
-                gain, error = round_layer(moments, name, weights[name], solver, ranges)
-                found.gains[name], found.errors[name] = gain, error
+                solved = round_layer(moments, name, weights[name], solver, ranges)
+                found.gains[name], found.errors[name] = solved.gain, solved.error
+                if solved.raised:
+                    found.raised[name] = solved.raised
             except CannotRefitError as failure:
                 found.skipped[name] = str(failure)
             context.progress("round", done + 1, len(order))
@@ -110,6 +113,9 @@ def record_rounding(done: Rounding, title: str, recorder: Recorder) -> None:
             recorder.layers[i] = replace(row, reason=f"rounded to nearest: {done.skipped[row.name]}")
         elif done.kept and row.name in done.gains and row.action == "quantized":
             reason = f"{title}: {done.gains[row.name]:.3g} of the output error of rounding to nearest"
+            if row.name in done.raised:
+                times = 10 ** done.raised[row.name]
+                reason += f"; its moments had no Cholesky factor until damped {times} times as much"
             recorder.layers[i] = replace(row, error=done.errors[row.name], reason=reason)
 
 
@@ -125,14 +131,25 @@ def solvable(reference: nn.Module, traced: Trace, layers: Iterable[str]) -> dict
     return reasons
 
 
+@dataclass(frozen=True)
+class LayerRounding:
+    """One layer's loss as a share of what rounding to nearest leaves (`gain`) and of its outputs' squares (`error`).
+
+    raised: how often the damping grew tenfold.
+    """
+
+    gain: float
+    error: float
+    raised: int
+
+
 def round_layer(
     moments: LayerMoments, name: str, weight: Tensor, solver: RoundingSolver, ranges: Range
-) -> tuple[float, float]:
+) -> LayerRounding:
     """Give one quantized layer of the moments' model the solver's codes, and its bias what is left of the mean.
 
-    weight: the float one that the codes stand for. Returns the loss of its outputs as a share of what rounding to
-    nearest leaves, and as a share of their squares. Raises CannotRefitError where it reads other tokens than in the
-    original.
+    weight: the float one that the codes stand for. Raises CannotRefitError where the layer reads other tokens than in
+    the original.
     """
     layer = moments.model.get_submodule(name)
     assert isinstance(layer, QuantizedLayer)
@@ -156,7 +173,7 @@ def round_layer(
         moments.shift(name, (target - (decoded @ measured.mean.unsqueeze(-1)).squeeze(-1)).flatten())
     loss, baseline = float(rounded.loss.sum()), float(rounded.nearest_loss.sum())
     signal = float(problem.loss(torch.zeros_like(problem.target)).sum())
-    return loss / max(baseline, 1e-300), loss / max(signal, 1e-300)
+    return LayerRounding(loss / max(baseline, 1e-300), loss / max(signal, 1e-300), problem.raised)
 
 
 def _encode(layer: QuantizedLayer, rounded: Rounded) -> dict[str, Tensor]:

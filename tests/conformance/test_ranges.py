@@ -6,10 +6,18 @@ import pytest
 import torch
 
 from gracile.formats import Int, PerChannel, PerGroup, PerTensor
-from gracile.ranges import MSE, Entropy, MinMax, Percentile, Range
+from gracile.ranges import MSE, Entropy, MinMax, MovingAverage, Percentile, Range
 from gracile.stats.histogram import StreamingHistogram
 
-MEMBERS: list[Range] = [MinMax(), Percentile(), Percentile(p=99.0), MSE(), MSE(thresholds=20, power=2.4), Entropy()]
+MEMBERS: list[Range] = [
+    MinMax(),
+    Percentile(),
+    Percentile(p=99.0),
+    MSE(),
+    MSE(thresholds=20, power=2.4),
+    Entropy(),
+    MovingAverage(),
+]
 
 ACTIVATION_FORMATS = [Int(8, PerTensor(), symmetric=False), Int(4, PerTensor(), symmetric=False), Int(8, PerTensor())]
 WEIGHT_FORMATS = [

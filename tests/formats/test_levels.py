@@ -16,6 +16,7 @@ from gracile.formats import (
     MXFP4,
     NF4,
     NVFP4,
+    Binary,
     PerChannel,
     PerGroup,
     PerTensor,
@@ -126,3 +127,16 @@ def test_impossible_settings_are_refused() -> None:
         NF4(PerChannel(0)).encode(torch.ones(2, 3), torch.ones(3))
     with pytest.raises(ConfigError, match="at least 1"):
         NF4(PerGroup(0))
+
+
+def test_binary_is_the_sign_times_the_mean_magnitude() -> None:
+    weight = torch.tensor([[0.5, -1.5, 1.0, -3.0], [0.0, 0.0, 0.0, 0.0]])
+    tensors = Binary().encode(weight)
+    assert tensors["scale"][0].item() == 1.5 and tensors["codes"].numel() == 1  # eight weights to a byte
+    decoded = Binary().decode(tensors)
+    assert decoded[0].tolist() == [1.5, -1.5, 1.5, -1.5]
+    assert float(decoded[1].abs().max()) < 1e-30
+    for scale in torch.linspace(0.5, 3, 50):  # no other scale has a smaller squared error
+        other = scale * torch.tensor([1.0, -1.0, 1.0, -1.0])
+        assert (weight[0] - other).square().sum() >= (weight[0] - decoded[0]).square().sum() - 1e-6
+    assert bits_per_weight(Binary(PerTensor()), (100, 100)) == pytest.approx(1.0, abs=0.01)

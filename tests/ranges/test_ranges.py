@@ -7,7 +7,7 @@ import torch
 from gracile.errors import ConfigError
 from gracile.formats import Int, PerChannel, PerGroup, PerTensor
 from gracile.layer_stats import Histogram
-from gracile.ranges import MSE, Entropy, MinMax, Percentile
+from gracile.ranges import MSE, Entropy, MinMax, MovingAverage, Percentile
 from gracile.stats.histogram import StreamingHistogram
 
 U8 = Int(8, PerTensor(), symmetric=False)
@@ -130,7 +130,7 @@ def published_entropy(counts: np.ndarray, levels: int) -> int:
 def test_entropy_keeps_the_bins_that_the_published_loop_keeps() -> None:
     generator = np.random.default_rng(0)
     counts = np.histogram(np.abs(generator.laplace(size=20000)) * 10, bins=64, range=(0, 64))[0]
-    histogram = Histogram(torch.from_numpy(counts).double(), 0.0, 64.0, 0.0, 64.0)
+    histogram = Histogram(torch.from_numpy(counts).double(), 0.0, 64.0, 0.0, 64.0, ((0.0, 64.0),))
     fmt = Int(4, PerTensor(), symmetric=False)
     scale, zero = Entropy(thresholds=64).activation(histogram, fmt)
     kept = published_entropy(counts, 16)
@@ -153,3 +153,22 @@ def test_entropy_leaves_weights_their_full_range() -> None:
     assert torch.equal(Entropy().weight(weight, Int(4)), MinMax().weight(weight, Int(4)))
     with pytest.raises(ConfigError, match="at least 1"):
         Entropy(thresholds=0)
+
+
+def test_moving_average_is_that_of_pytorch() -> None:
+    """PyTorch's observer is the reference: the same extremes after the same batches."""
+    from torch.ao.quantization import MovingAverageMinMaxObserver
+
+    observer, histogram = MovingAverageMinMaxObserver(averaging_constant=0.2), StreamingHistogram()
+    for seed in range(5):
+        batch = torch.randn(50, generator=torch.Generator().manual_seed(seed)) * (seed + 1)
+        observer(batch)
+        histogram.update(batch)
+    fmt = Int(8, PerTensor(), symmetric=False)
+    scale = MovingAverage(rate=0.2).activation(histogram.freeze(), fmt)[0]
+    assert scale.item() == pytest.approx(float(observer.max_val - observer.min_val) / 255, rel=1e-6)
+    assert MovingAverage(rate=1.0).activation(histogram.freeze(), fmt)[0] == pytest.approx(
+        (batch.max() - batch.min()).item() / 255, rel=1e-6
+    )
+    with pytest.raises(ConfigError, match="rate"):
+        MovingAverage(rate=0)
