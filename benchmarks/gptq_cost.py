@@ -23,7 +23,7 @@ import gracile as gc
 from gracile.environment import instruction_set
 from gracile.formats import PerChannel
 from gracile.solvers.rounding import RoundingProblem
-from gracile.steps.grids import IntGrid
+from gracile.steps.quantization.grids import IntGrid
 
 
 def published(weight: Tensor, hessian: Tensor, bits: int, block: int = 128) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from gracile.evaluate.latency import Relative
-from gracile.steps import timing
+from gracile.steps.latency import timing
 from gracile.targets import PyTorch
 
 

@@ -16,10 +16,10 @@ from gracile.losses import Hint, SoftLabels
 from gracile.modes import channels_last, eval_mode
 from gracile.recipe import Recorder, Step
 from gracile.report.model import LayerRow, StepRecord
-from gracile.steps.hidden_states import HiddenStates, comparable_layers, hint_loss
 from gracile.steps.optimizers import SGD, AdamW, default_optimizer
-from gracile.steps.train import Schedule, train
-from gracile.steps.training_data import mix_examples, split_training
+from gracile.steps.training.hidden_states import HiddenStates, comparable_layers, hint_loss
+from gracile.steps.training.train import Schedule, train
+from gracile.steps.training.training_data import mix_examples, split_training
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,14 @@ from gracile.sharing import own_parameters, share_parameters
 from gracile.solvers import LeastSquares, LowRank, SpatialLowRank
 from gracile.stats.collect import first_batch
 from gracile.steps.correct import correct_statistics
-from gracile.steps.factorize_latency import prepare_rank_latency
-from gracile.steps.factorize_layers import factorize_layers, prove_factorized
-from gracile.steps.factorize_ranks import amount_to_save, choose_ranks, measure_losses, options_of, ranks_of, saved_of
-from gracile.steps.factorize_select import Candidate, Rank, select_layers
-from gracile.steps.latency_budget import record_latency
+from gracile.steps.latency.budget import record_latency
+from gracile.steps.latency.timing import target_of, timer_for
+from gracile.steps.low_rank.latency import prepare_rank_latency
+from gracile.steps.low_rank.layers import factorize_layers, prove_factorized
+from gracile.steps.low_rank.ranks import amount_to_save, choose_ranks, measure_losses, options_of, ranks_of, saved_of
+from gracile.steps.low_rank.select import Candidate, Rank, select_layers
 from gracile.steps.plan import plan_step
-from gracile.steps.sequence import targets_of
-from gracile.steps.timing import target_of, timer_for
+from gracile.steps.pruning.sequence import targets_of
 
 #: Batches on which the factorized model is proven: a forward may branch on its data, so that one shows too little.
 CHECKED_BATCHES = 3

@@ -19,12 +19,12 @@ from gracile.recipe import Recorder, Step
 from gracile.report.model import StepRecord
 from gracile.select import check_exclude
 from gracile.solvers import LeastSquares
+from gracile.steps.latency.timing import target_of
 from gracile.steps.plan import plan_step
-from gracile.steps.prune_jointly import prune_jointly
-from gracile.steps.prune_layers import prune_layers
-from gracile.steps.prune_units import prune_units
-from gracile.steps.prune_weights import prune_weights
-from gracile.steps.timing import target_of
+from gracile.steps.pruning.prune_jointly import prune_jointly
+from gracile.steps.pruning.prune_layers import prune_layers
+from gracile.steps.pruning.prune_units import prune_units
+from gracile.steps.pruning.prune_weights import prune_weights
 
 
 @dataclass(frozen=True)

@@ -17,18 +17,18 @@ from gracile.ranges import MSE, Range
 from gracile.recipe import Recorder, Step
 from gracile.report.model import LayerRow, StepRecord
 from gracile.select import check_exclude
-from gracile.solvers import AdaRound, RoundingSolver
+from gracile.solvers import BlockSolver, RoundingSolver
 from gracile.stats.collect import collect_activations, first_batch
 from gracile.stats.match import output_error, split_batches
 from gracile.steps.correct import copy_model, correct_statistics
-from gracile.steps.equalize_layers import equalize_layers
-from gracile.steps.fold import fold_batch_norms
-from gracile.steps.mixed_precision import choose_schemes, measure_losses
-from gracile.steps.quantize_layers import Encoder, layers_with_output_grids, quantizable
-from gracile.steps.quantize_recurrent import check_recurrent, quantize_recurrent
-from gracile.steps.reconstruct_blocks import reconstruct_blocks, record_reconstruction
-from gracile.steps.round_layers import record_rounding, round_in_sequence
-from gracile.steps.smooth import smooth
+from gracile.steps.quantization.equalize_layers import equalize_layers
+from gracile.steps.quantization.fold import fold_batch_norms
+from gracile.steps.quantization.mixed_precision import choose_schemes, measure_losses
+from gracile.steps.quantization.quantize_layers import Encoder, layers_with_output_grids, quantizable
+from gracile.steps.quantization.quantize_recurrent import check_recurrent, quantize_recurrent
+from gracile.steps.quantization.reconstruct_blocks import reconstruct_blocks, record_reconstruction
+from gracile.steps.quantization.round_layers import record_rounding, round_in_sequence
+from gracile.steps.quantization.smooth import smooth
 from gracile.surgery import Swap
 
 
@@ -41,8 +41,8 @@ class Quantize(Step):
     to, options: at most so many bytes of the model as stored, Bytes(0.15), and the schemes or formats to choose from
         for each layer: those by which the outputs change least, measured one layer at a time. Needs calibration data.
     solver: chooses the codes of linear layers and convolutions by what rounding does to their outputs, in the order of
-        the forward: solvers.GPTQ(), or solvers.AdaRound(), which goes on from there block by block. Needs calibration
-        data. None: every weight goes to the nearest code.
+        the forward: solvers.GPTQ(), or AdaRound() or SignRound(), which go on from there block by block. Needs
+        calibration data. None: every weight goes to the nearest code.
     ranges: how scales are found from weights and from what calibration saw: MinMax(), Percentile(), Entropy(),
         MovingAverage(), MSE().
     equalize: SmoothQuant() moves outliers of a linear layer's input channels into its weight, where that lowers the
@@ -245,12 +245,12 @@ class Quantize(Step):
         recorder: Recorder,
     ) -> None:
         """Replace the nearest codes by the solver's."""
-        solver = self.solver.start if isinstance(self.solver, AdaRound) else self.solver
+        solver = self.solver.start if isinstance(self.solver, BlockSolver) else self.solver
         weights = {name: encoder.weight(name, reference.get_submodule(name)) for name in layers}
         if solver is not None:
             done = round_in_sequence(model, reference, traced, weights, solver, self.ranges, context)
             record_rounding(done, type(solver).__name__, recorder)
-        if isinstance(self.solver, AdaRound):
+        if isinstance(self.solver, BlockSolver):
             blocks = reconstruct_blocks(model, reference, traced, weights, self.solver, self.ranges, context)
             record_reconstruction(blocks, type(self.solver).__name__, model, recorder)
 

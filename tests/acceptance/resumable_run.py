@@ -34,7 +34,8 @@ from gracile.evaluate.latency import Latency
 from gracile.files import sha256_json
 from gracile.nn import QuantizedLayer
 from gracile.run_directory import RunDirectory
-from gracile.steps import SGD, train
+from gracile.steps import SGD
+from gracile.steps.training import train
 from gracile.surgery import edit_to_json
 from gracile.targets.base import Capabilities, Runner, Target
 

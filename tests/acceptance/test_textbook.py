@@ -21,7 +21,7 @@ from torch import nn
 import gracile as gc
 from gracile.context import Context
 from gracile.steps import SGD
-from gracile.steps.scores import score_weights
+from gracile.steps.pruning.scores import score_weights
 
 Array = npt.NDArray[np.float64]
 RTOL = 1e-4

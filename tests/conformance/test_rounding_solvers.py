@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gracile.solvers
-from gracile.solvers import GPTQ, AdaRound, RoundingProblem, RoundingSolver
+from gracile.solvers import GPTQ, AdaRound, RoundingProblem, RoundingSolver, SignRound
 from tests.solvers.rounding_problems import UniformGrid, layer
 
 MEMBERS: list[RoundingSolver] = [
@@ -16,6 +16,8 @@ MEMBERS: list[RoundingSolver] = [
     GPTQ(beam=1, polish=0, rounds=1),
     AdaRound(iterations=60, learning_rate=0.1),
     AdaRound(iterations=60, learning_rate=0.1, start=None),
+    SignRound(iterations=60),
+    SignRound(iterations=60, start=None),
 ]
 GRIDS = [UniformGrid(3), UniformGrid(4, 8), UniformGrid(2, 12, symmetric=False), UniformGrid(3, shared=True)]
 every_member = pytest.mark.parametrize("solver", MEMBERS, ids=str)

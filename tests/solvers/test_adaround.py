@@ -8,7 +8,7 @@ import torch
 
 from gracile.errors import ConfigError
 from gracile.solvers import GPTQ, AdaRound
-from gracile.solvers.adaround import Choice
+from gracile.solvers.adaround import SoftChoice
 from tests.solvers.rounding_problems import UniformGrid, layer, least_losses
 
 
@@ -39,7 +39,7 @@ def test_from_nearest_it_gains_what_its_relaxation_can() -> None:
 def test_a_choice_starts_at_the_weight_and_ends_on_a_grid_point() -> None:
     a, b = torch.tensor([1.0, 1.0, -1.0, 2.0]), torch.tensor([2.0, 2.0, -2.0, 2.0])
     wanted = torch.tensor([1.3, 1.9, -1.0, 5.0])
-    choice = Choice(a, b, wanted)
+    choice = SoftChoice(a, b, wanted)
     # In between as the weight is; never beyond the middle nor quite at an end; nothing to choose at the grid's end.
     assert choice.weight().tolist() == pytest.approx([1.3, 1.45, -1.1, 2.0])
     assert choice.rounded().tolist() == a.tolist()
@@ -49,7 +49,7 @@ def test_a_choice_starts_at_the_weight_and_ends_on_a_grid_point() -> None:
 
 
 def test_the_pull_grows_and_vanishes_where_all_is_decided() -> None:
-    choice = Choice(torch.zeros(3), torch.ones(3), torch.tensor([0.2, 0.3, 0.45]))
+    choice = SoftChoice(torch.zeros(3), torch.ones(3), torch.tensor([0.2, 0.3, 0.45]))
     assert float(choice.undecided(0.1)) == 0.0
     h = choice.share().detach().numpy()
     for progress, exponent in ((0.2, 20.0), (0.6, 11.0), (1.0, 2.0)):
@@ -65,7 +65,7 @@ def test_the_pull_grows_and_vanishes_where_all_is_decided() -> None:
         ({"iterations": 0}, "at least 1"),
         ({"batch_size": 0}, "at least 1"),
         ({"learning_rate": 0.0}, "positive"),
-        ({"pull": -1.0}, "positive"),
+        ({"strength": -1.0}, "positive"),
         ({"drop": 1.0}, "probability"),
         ({"start": "GPTQ"}, "expected solvers.GPTQ"),
     ],

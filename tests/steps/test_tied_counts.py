@@ -15,12 +15,12 @@ from gracile.context import Context
 from gracile.data import Data
 from gracile.graph import Trace, cut_macs, tied_sets, trace
 from gracile.stats.match import divergence
-from gracile.steps.consumers import collect_consumers
-from gracile.steps.latency_cache import LatencyCache
-from gracile.steps.latency_table import measure_latency_table
-from gracile.steps.tables import measure_tables
-from gracile.steps.timing import Timer
-from gracile.steps.units import ScoredGroups
+from gracile.steps.latency.cache import LatencyCache
+from gracile.steps.latency.table import measure_latency_table
+from gracile.steps.latency.timing import Timer
+from gracile.steps.pruning.consumers import collect_consumers
+from gracile.steps.pruning.tables import measure_tables
+from gracile.steps.pruning.units import ScoredGroups
 
 
 class Halves(nn.Module):

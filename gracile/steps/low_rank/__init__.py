@@ -1,0 +1,1 @@
+"""Layers in two factors: their ranks, and the factors themselves."""

@@ -1,0 +1,1 @@
+"""Which weights, units and blocks go, and what becomes of those that stay."""

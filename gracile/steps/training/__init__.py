@@ -1,0 +1,1 @@
+"""The loop that Distill and Finetune share, and what it reads."""
