@@ -33,8 +33,10 @@ class _WeightOnGrid(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         weight, scale, decoded, inside = ctx.saved_tensors
-        passed = gradients[0] * inside
-        slope = to_rows(ctx.granularity, (gradients[0] * decoded - passed * weight).float()).sum(1)
+        gradient = gradients[0]
+        slope = to_rows(ctx.granularity, (gradient * (decoded - inside * weight)).float()).sum(1)
+        # A weight beyond the range may come back: descent then moves it towards zero, which both ends lie around.
+        passed = gradient * (inside | (gradient * weight > 0))
         return _laid_out_as(weight, passed), slope.reshape(scale.shape) / scale, None, None
 
 
@@ -85,12 +87,13 @@ class _Learned(torch.autograd.Function):
 
 
 def weight_on_grid(weight: Tensor, fmt: Format, encoded: dict[str, Tensor]) -> Tensor:
-    """Q(w) = decode(encode(w)) on the grid given, with dQ/dw = 1 inside the grid's range and 0 outside.
+    """Q(w) = decode(encode(w)) on the grid given, with dQ/dw = 1 inside the grid's range, and outside it 1 or 0.
 
     encoded: the tensors of the format that hold the grid ("scale", "zero_point"); their "codes" are not read. Where the
     format is Int or Levels, the scale s has the gradient of LSQ (Esser et al. 2019, arXiv:1902.08153, equation 3) for
     any levels: dQ/ds = (Q − w) / s inside, Q / s outside. The weight's is the straight-through estimator of Bengio et
-    al. (2013), with the clipped part cut off.
+    al. (2013); beyond the grid's range only what moves the weight back is passed on. With nothing passed on there, as
+    in LSQ, weights that cross an end never return, and in two bits either end is near for all of them.
     """
     if isinstance(fmt, (Int, Levels)):
         result: Tensor = _WeightOnGrid.apply(weight, encoded["scale"], fmt, encoded)  # type: ignore[no-untyped-call]
