@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +27,9 @@ from gracile.stats.match import match_statistics, output_error, split_batches
 from gracile.steps.pruning.sequence import called_once
 from gracile.steps.quantization.block_calls import Call, Calls, main_output
 from gracile.steps.quantization.grids import grid_of
+
+#: How often a solver that stays on the grid looks what all batches say.
+LOOKS = 20
 
 
 @dataclass
@@ -157,24 +161,56 @@ def _choose(
 ) -> None:
     """Set the layers' codes and the scales of their inputs to what serves the block best."""
     module = model.get_submodule(block)
-    choices: dict[str, Choice] = {}
-    for name, weight in weights.items():
-        layer: Any = model.get_submodule(name)
-        choices[name] = _choice(layer, weight, solver, ranges)
+    layers: dict[str, Any] = {name: model.get_submodule(name) for name in weights}
+    choices = {name: _choice(layers[name], weight, solver, ranges) for name, weight in weights.items()}
     start = _error(module, calls) / sum(call.target.numel() for call in calls)
     if start == 0:
         return
     size = solver.batch_size if calls[0].divides(module) else None
     with _training(model, choices, solver.drop) as scales, torch.enable_grad():
         optimizer = solver.optimizer(list(choices.values()), scales)
+        learned = [*(choice.variable for choice in choices.values()), *scales]
+        best = _Best(module, calls, list(layers.values()), learned) if solver.on_grid else None
         for i in range(solver.iterations):
             progress = i / solver.iterations
+            if best is not None and i % -(-solver.iterations // LOOKS) == 0:
+                best.look()
             call = calls[int(torch.randint(len(calls), ()))]
             (args, kwargs), target = call.part(call.rows(size), solver.drop)
             loss = (main_output(module(*args, **kwargs)) - target).square().mean() / start
             optimizer.zero_grad()
             (loss + solver.pull(list(choices.values()), progress)).backward()
             solver.update(optimizer, progress)
+        if best is not None:
+            best.look()
+            best.restore()
+
+
+class _Best:
+    """Of what is learned while weights stay on the grid, what served the block best on all batches."""
+
+    def __init__(
+        self, block: nn.Module, calls: Sequence[Call], layers: Sequence[Any], learned: Sequence[Tensor]
+    ) -> None:
+        self.block, self.calls, self.layers, self.learned = block, calls, layers, learned
+        self.error, self.values = math.inf, [t.detach().clone() for t in learned]
+
+    def look(self) -> None:
+        """Keep what is there if it is better, with nothing dropped."""
+        drops = [layer.drop for layer in self.layers]
+        for layer in self.layers:
+            layer.drop = 0.0
+        error = _error(self.block, self.calls)
+        for layer, drop in zip(self.layers, drops, strict=True):
+            layer.drop = drop
+        if error < self.error:
+            self.error, self.values = error, [t.detach().clone() for t in self.learned]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put it back."""
+        for tensor, value in zip(self.learned, self.values, strict=True):
+            tensor.copy_(value)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Blocks reconstructed by AdaRound: what it gains, what it leaves alone, and what comes back if it gains nothing."""
+"""Blocks reconstructed by AdaRound and SignRound: gains, what is left alone, and what is put back."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from gracile.steps.quantization.block_calls import Call
 W3A4 = gc.Scheme("W3A4", gc.Int(3, PerChannel(0)), gc.Int(4, PerTensor(), symmetric=False))
 START = gc.solvers.GPTQ(beam=1, rounds=1, polish=0, asymmetry=0.0)
 QUICK = gc.solvers.AdaRound(iterations=250, learning_rate=2e-2, start=START)
+SIGNS = gc.solvers.SignRound(iterations=250, learning_rate=4e-3, start=START)
+each_solver = pytest.mark.parametrize("solver", [QUICK, SIGNS], ids=["AdaRound", "SignRound"])
 
 
 class Residual(nn.Module):
@@ -57,8 +59,8 @@ def started() -> gc.Result:
 
 
 @cache
-def reconstructed() -> gc.Result:
-    return rounded(QUICK)
+def reconstructed(solver: gc.solvers.BlockSolver = QUICK) -> gc.Result:
+    return rounded(solver)
 
 
 def rounded(solver: object, model: nn.Module | None = None, scheme: gc.Scheme = W3A4) -> gc.Result:
@@ -72,19 +74,22 @@ def error(model: nn.Module, original: nn.Module) -> float:
         return float((model(x) - original(x)).square().sum() / original(x).square().sum())
 
 
-def test_blocks_come_nearer_to_what_they_gave() -> None:
-    original, start, found = net(), started(), reconstructed()
-    assert error(found.model, original) < 0.95 * error(start.model, original)
+@each_solver
+def test_blocks_come_nearer_to_what_they_gave(solver: gc.solvers.BlockSolver) -> None:
+    original, start, found = net(), started(), reconstructed(solver)
+    share = 0.95 if solver is QUICK else 1.0  # signs find little beyond a closed form, from nearest (below) they do
+    assert error(found.model, original) < share * error(start.model, original)
     record = found.report.steps[0]
     assert record.numbers["output_error_reconstructed"] < record.numbers["output_error_before_reconstruction"]
     rows = {row.name: row for row in record.layers if row.action == "reconstructed"}
     assert rows and set(rows) <= {"stem", "blocks.0", "blocks.1", "head"}
     assert rows.keys() & {"blocks.0", "blocks.1"}
-    assert any("AdaRound reconstructed 4 blocks" in note for note in record.notes)
+    assert any(f"{type(solver).__name__} reconstructed 4 blocks" in note for note in record.notes)
 
 
-def test_codes_move_to_a_neighbour_at_most_and_scales_of_weights_not() -> None:
-    start, found = started().model, reconstructed().model
+@each_solver
+def test_codes_move_to_a_neighbour_at_most_and_scales_of_weights_not(solver: gc.solvers.BlockSolver) -> None:
+    start, found = started().model, reconstructed(solver).model
     moved = 0.0
     for name in ("blocks.0.first", "blocks.0.second", "blocks.1.first", "blocks.1.second"):
         a, b = start.get_submodule(name), found.get_submodule(name)
@@ -96,12 +101,13 @@ def test_codes_move_to_a_neighbour_at_most_and_scales_of_weights_not() -> None:
     assert moved > 0
 
 
-def test_pruned_weights_stay_zero() -> None:
+@each_solver
+def test_pruned_weights_stay_zero(solver: gc.solvers.BlockSolver) -> None:
     model = net()
     kernel = model.blocks[0].first.weight
     zeros = torch.rand(kernel.shape, generator=torch.Generator().manual_seed(2)) < 0.5
     kernel.data.masked_fill_(zeros, 0.0)
-    found = rounded(QUICK, model).model
+    found = rounded(solver, model).model
     assert not bool(found.get_submodule("blocks.0.first").decoded_weight()[zeros].any())
 
 
@@ -115,9 +121,10 @@ def test_what_gains_nothing_is_put_back() -> None:
     assert any("was taken back on 4 blocks" in note for note in result.report.steps[0].notes)
 
 
-def test_it_starts_from_nearest_where_no_other_start_is_given() -> None:
+@each_solver
+def test_it_starts_from_nearest_where_no_other_start_is_given(solver: gc.solvers.BlockSolver) -> None:
     original = net()
-    nearest, found = rounded(None), rounded(replace(QUICK, start=None))
+    nearest, found = rounded(None), rounded(replace(solver, start=None))
     assert error(found.model, original) < 0.8 * error(nearest.model, original)
 
 
