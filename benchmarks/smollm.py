@@ -48,6 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "nearest by min-max": {"ranges": gc.ranges.MinMax(), "correct": False},
     "nearest": {"correct": False},
     "GPTQ": {"solver": gc.solvers.GPTQ(), "correct": False},
+    "GPTQ, one round": {"solver": gc.solvers.GPTQ(beam=1, rounds=1), "correct": False},
     "GPTQ, two rounds": {"solver": gc.solvers.GPTQ(rounds=2), "correct": False},
     "published GPTQ": {
         "solver": gc.solvers.GPTQ(beam=1, polish=0, rounds=1, asymmetry=0.0),
