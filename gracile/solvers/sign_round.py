@@ -39,8 +39,8 @@ class SignRound(BlockSolver):
 
     def optimizer(self, choices: Sequence[Choice], scales: Sequence[Tensor]) -> torch.optim.Optimizer:
         """Plain gradient descent, which `update` gives the signs; θ of scales s exp(θ) moves at a tenth of the rate."""
-        groups = [{"params": [choice.variable for choice in choices]}, *([{"params": scales}] if scales else [])]
-        return torch.optim.SGD(groups, lr=self.learning_rate)
+        groups = [[choice.variable for choice in choices], *([list(scales)] if scales else [])]
+        return torch.optim.SGD([{"params": group} for group in groups], lr=self.learning_rate)
 
     def update(self, optimizer: torch.optim.Optimizer, progress: float) -> None:
         """A step of the rate's length against the sign of every gradient, and h back into [0, 1]."""
