@@ -23,8 +23,21 @@ SCHEMES = {
     "W2A2": gc.formats.W2A2,
     "int3 by group": gc.Int(3, PerGroup(4), symmetric=False),
 }
-each_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
-each_scheme = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+#: Every scheme and every solver once; `make test-all` runs them all together.
+QUICK = {("W8A8", "nearest"), ("W8A8", "GPTQ"), ("W2A2", "AdaRound"), ("int3 by group", "GPTQ")}
+each_way = pytest.mark.parametrize(
+    ("scheme", "solver"),
+    [
+        pytest.param(
+            SCHEMES[scheme],
+            SOLVERS[solver],
+            id=f"{scheme}, {solver}",
+            marks=() if (scheme, solver) in QUICK else pytest.mark.slow,
+        )
+        for scheme in SCHEMES
+        for solver in SOLVERS
+    ],
+)
 
 
 def net() -> nn.Sequential:
@@ -59,8 +72,7 @@ def check(model: nn.Module, result: gc.Result, folder: Path) -> None:
         assert torch.equal(gc.load(path, net())(x), y)
 
 
-@each_solver
-@each_scheme
+@each_way
 @pytest.mark.parametrize(
     "data",
     [
@@ -99,8 +111,7 @@ def mixed_sizes(model: nn.Module) -> None:
     model[5].weight[1] *= 1e-8  # type: ignore[index,operator]
 
 
-@each_solver
-@each_scheme
+@each_way
 @pytest.mark.parametrize("damage", [zero_rows, zero_layer, tiny, huge, mixed_sizes])
 def test_weights_of_any_size_are_encoded(scheme: Any, solver: Any, damage: Any, tmp_path: Path) -> None:
     model = net()
@@ -113,8 +124,7 @@ def test_weights_of_any_size_are_encoded(scheme: Any, solver: Any, damage: Any, 
         assert not result.model[3].weight[1].any()  # type: ignore[index]
 
 
-@each_solver
-@each_scheme
+@each_way
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_damaged_weights_are_named(scheme: Any, solver: Any, bad: float) -> None:
     model = net()
@@ -124,8 +134,7 @@ def test_damaged_weights_are_named(scheme: Any, solver: Any, bad: float) -> None
         quantized(model, scheme, solver, images())
 
 
-@each_solver
-@each_scheme
+@each_way
 def test_damaged_calibration_is_named(scheme: Any, solver: Any) -> None:
     data = images()
     data[1][0, 0, 0, 0] = float("nan")
@@ -136,8 +145,7 @@ def test_damaged_calibration_is_named(scheme: Any, solver: Any) -> None:
         quantized(net(), scheme, solver, data)
 
 
-@each_solver
-@each_scheme
+@each_way
 def test_what_is_quantized_already_is_said_to_be(scheme: Any, solver: Any) -> None:
     once = quantized(net(), gc.W8A8, None, images()).model
     with pytest.raises(NothingChangedError, match="quantized already"):
