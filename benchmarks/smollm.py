@@ -120,7 +120,7 @@ def decode(models: dict[str, Callable[[], nn.Module]], place: Path, seconds: flo
     runners = {}
     for name, model in models.items():
         for target in targets:
-            path = place / f"{name.replace(' ', '-')}{target.suffix}"
+            path = place / f"{name}-{target.name}{target.suffix}"
             if not path.is_file():
                 target.export(model(), example, path)
             runners[f"{name}: {target.name} {target.precision}"] = target.load(path)
