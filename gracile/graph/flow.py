@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -46,6 +46,23 @@ class Flow:
         found: dict[str, None] = {}
         for state in self._outputs.get(layer, ()):
             found.update(dict.fromkeys(self._name(event) for event in self._external(state, layer)))
+        return tuple(found)
+
+    def consumers_behind(self, layer: str, operators: Collection[str]) -> tuple[str, ...]:
+        """Names of what reads the layer's output or what these operators and copies make of it, they left out."""
+        found: dict[str, None] = {}
+        waiting, seen = list(self._outputs.get(layer, ())), set[State]()
+        passed = COPIES.union(operators)
+        while waiting:
+            state = waiting.pop(0)
+            if state in seen:
+                continue
+            seen.add(state)
+            for event in self._external(state, layer):
+                if event.layer not in self._layers and event.op in passed:
+                    waiting.extend(event.makes)
+                else:
+                    found[self._name(event)] = None
         return tuple(found)
 
     def feeds_sum(self, layer: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,6 +85,10 @@ class Trace:
     def consumers(self, layer: str) -> tuple[str, ...]:
         """What reads the layer's output: "module:<name>" for a layer, else the operator's name ("add", "cat")."""
         return self.flow.consumers(layer)
+
+    def consumers_behind(self, layer: str, operators: Collection[str]) -> tuple[str, ...]:
+        """What reads the layer's output or what these operators and copies make of it, named as in `consumers`."""
+        return self.flow.consumers_behind(layer, operators)
 
     def feeds_sum(self, layer: str) -> bool:
         """Whether the output goes into an addition or a concatenation, through no more than batch norm or copies."""

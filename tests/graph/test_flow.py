@@ -44,6 +44,25 @@ def test_consumers_are_layers_or_operators() -> None:
     assert graph.consumers("fc") == ()
 
 
+def test_consumers_behind_operators_are_those_of_what_they_make() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+            self.act = nn.ReLU()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.act(self.a(x))
+            y = torch.relu(self.b(x)) + x
+            return self.act(self.c(y)).mean((2, 3))
+
+    graph = trace(Net(), lambda m: m(torch.randn(2, 3, 5, 5)))
+    assert graph.consumers_behind("a", {"relu"}) == ("module:b", "add")
+    assert graph.consumers_behind("a", set()) == ("relu",)
+    assert graph.consumers_behind("b", {"relu"}) == ("add",)
+    assert graph.consumers_behind("c", {"relu"}) == ("mean",)
+
+
 def test_feeding_a_sum_sees_through_batch_norm_and_dropout_but_not_activations() -> None:
     graph = found()
     assert graph.feeds_sum("conv2")

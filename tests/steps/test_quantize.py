@@ -355,3 +355,14 @@ def test_what_a_sum_reads_takes_eight_bits_in_every_scheme() -> None:
     assert model.second.output_format.bits == 8 and model.second.output_format.qmax == 255
     assert model.first.output_format is None
     assert model.stem.weight_format.bits == model.head.weight_format.bits == 8  # the ends
+
+
+def test_a_convolution_before_a_pooling_has_a_grid_for_its_output() -> None:
+    """Else it runs in floating point: no quantized layer follows that would put its output on a grid."""
+    torch.manual_seed(0)
+    pooled = [nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3)]
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), *pooled).eval()
+    data = [torch.randn(8, 3, 6, 6) for _ in range(2)]
+    Quantize(W8A8)(model, Context(Data(calibration=data), copy.deepcopy(model), copy.deepcopy(model)))
+    assert model[0].output_format is None
+    assert model[2].output_format is not None and model[2].output_format.bits == 8

@@ -179,14 +179,19 @@ class Encoder:
 def layers_with_output_grids(model: nn.Module, layers: list[str], traced: Trace) -> frozenset[str]:
     """Layers whose output an integer kernel needs on a grid of its own, since no quantized layer follows directly.
 
-    Linear layers need none: their kernels give float outputs from integer products.
+    That is so where a sum or the like reads it, or where behind an activation only operators do, such as a pooling:
+    without a grid the convolution would run in floating point. Linear layers need none: their kernels give float
+    outputs from integer products.
     """
+
+    def needs(name: str) -> bool:
+        if not all(c in ABSORBED or c.startswith("module:") for c in traced.consumers(name)):
+            return True
+        behind = traced.consumers_behind(name, ABSORBED)
+        return bool(behind) and not any(c.startswith("module:") for c in behind)
+
     convolutions = [name for name in layers if isinstance(model.get_submodule(name), CONVOLUTIONS)]
-    return frozenset(
-        name
-        for name in convolutions
-        if not all(c in ABSORBED or c.startswith("module:") for c in traced.consumers(name))
-    )
+    return frozenset(name for name in convolutions if needs(name))
 
 
 def has_zeros(weight: Tensor) -> bool:
