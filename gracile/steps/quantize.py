@@ -71,7 +71,7 @@ class Quantize(Step):
     def __post_init__(self) -> None:
         self._check_schemes()
         if not isinstance(self.ranges, Range):
-            raise ConfigError(f"Quantize(ranges={self.ranges!r}): expected one of gracile.ranges, such as MSE().")
+            raise ConfigError(f"Quantize(ranges={self.ranges!r}): expected MinMax(), MSE() or another of ranges.")
         self._check_equalize()
         if self.solver is not None and not isinstance(self.solver, RoundingSolver):
             raise ConfigError(f"Quantize(solver={self.solver!r}): expected a rounding solver, solvers.GPTQ(), or None.")
