@@ -103,11 +103,6 @@ def accuracy(model: nn.Module, data: Iterable[tuple[Tensor, Tensor]]) -> float:
     return (logits.argmax(1) == labels).double().mean().item()
 
 
-def stored_bytes(model: nn.Module) -> int:
-    """What the model's tensors take in a file, a shared one once."""
-    return sum(tensor.nbytes for tensor in {t.data_ptr(): t for t in model.state_dict().values()}.values())
-
-
 def show(progress: object) -> None:
     """One line on the terminal that tells how far a phase is."""
     total = getattr(progress, "total", None)

@@ -8,11 +8,12 @@ ResNet-20 on CIFAR-10, without labels and without training: 512 training images 
 from __future__ import annotations
 
 import torch
-from common import accuracy, arguments, batches, stored_bytes
+from common import accuracy, arguments, batches
 from safetensors.torch import load_file
 from vision_cifar10 import NEEDS, ResNet20, crop_and_flip, read
 
 import gracile as gc
+from gracile.evaluate.size import state_bytes
 
 STEPS = {
     "8 bits": gc.Quantize(gc.W8A8),
@@ -37,7 +38,7 @@ def main() -> None:
     print(f"{'original':24} accuracy {accuracy(model, test):.4f}")
     for name, step in STEPS.items():
         result = gc.compress(model, step, data)
-        size = stored_bytes(result.model) / stored_bytes(model)
+        size = state_bytes(result.model) / state_bytes(model)
         print(f"{name:24} accuracy {accuracy(result.model, test):.4f}, {100 * size:.1f} % of the bytes")
     result.save(run / "mixed")
     for row in result.report.steps[0].layers:

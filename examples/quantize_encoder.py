@@ -8,10 +8,11 @@ calibrate; the official test set judges.
 
 from __future__ import annotations
 
-from common import accuracy, arguments, stored_bytes
+from common import accuracy, arguments
 from text_trec import NEEDS, trained
 
 import gracile as gc
+from gracile.evaluate.size import state_bytes
 
 STEPS = {
     "8 bits": gc.Quantize(gc.W8A8),
@@ -29,7 +30,7 @@ def main() -> None:
     print(f"{'original':24} accuracy {accuracy(model, test):.4f}")
     for name, step in STEPS.items():
         result = gc.compress(model, step, data)
-        size = stored_bytes(result.model) / stored_bytes(model)
+        size = state_bytes(result.model) / state_bytes(model)
         print(f"{name:24} accuracy {accuracy(result.model, test):.4f}, {100 * size:.1f} % of the bytes")
         for row in result.report.steps[0].layers:
             if row.action == "skipped":

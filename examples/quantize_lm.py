@@ -12,12 +12,13 @@ import math
 
 import numpy as np
 import torch
-from common import arguments, stored_bytes
+from common import arguments
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
 import gracile as gc
+from gracile.evaluate.size import state_bytes
 
 STORIES = "https://huggingface.co/karpathy/tinyllamas, stories260K: "
 NEEDS = {
@@ -65,7 +66,7 @@ def main() -> None:
     print(f"{'original':24} perplexity {perplexity(model, test):.4f}")
     for name, step in STEPS.items():
         result = gc.compress(model, step, data)
-        size = stored_bytes(result.model) / stored_bytes(model)
+        size = state_bytes(result.model) / state_bytes(model)
         print(f"{name:24} perplexity {perplexity(result.model, test):.4f}, {100 * size:.1f} % of the bytes")
     run = options.runs / "quantize_lm"
     result.save(run / "four_bits")

@@ -8,10 +8,11 @@ judges.
 
 from __future__ import annotations
 
-from common import accuracy, arguments, batches, stored_bytes
+from common import accuracy, arguments, batches
 from speech_digits import NEEDS, trained
 
 import gracile as gc
+from gracile.evaluate.size import state_bytes
 
 TWO_BITS = gc.Quantize(gc.Int(2))
 STEPS = {
@@ -30,7 +31,7 @@ def main() -> None:
     print(f"{'original':24} accuracy {accuracy(model, test):.4f}")
     for name, step in STEPS.items():
         result = gc.compress(model, step, data)
-        size = stored_bytes(result.model) / stored_bytes(model)
+        size = state_bytes(result.model) / state_bytes(model)
         print(f"{name:24} accuracy {accuracy(result.model, test):.4f}, {100 * size:.1f} % of the bytes")
     run = options.runs / "quantize_rnn"
     result.save(run / "two_bits")
