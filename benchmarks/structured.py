@@ -7,7 +7,7 @@ to them says little: the batches that the allocation is judged by, the first of 
 shifted. --low-rank: the part of the way to the budget, by ratio, that is left to Factorize after the cut. --tune:
 epochs of distillation from the original on augmented train20k after the cut, labels unused; with --cuts above 1 the cut
 is made in so many parts between the first half of these epochs. Hints need the width of the stream: --no-hints where a
-variant cuts it.
+variant cuts it; --soft-labels adds the divergence of the outputs to them.
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--tune", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--no-hints", dest="hints", action="store_false", help="soft labels in their place")
+    parser.add_argument("--soft-labels", action="store_true", help="beside the hints, at temperature 1")
     parser.add_argument("--images", choices=("train20k", "train50k"), default="train20k", help="to train on")
     parser.add_argument("--mixup", type=float, default=0.5)
     parser.add_argument("--cuts", type=int, default=1)
@@ -146,9 +147,12 @@ def method(settings: dict[str, object], ratio: float, args: argparse.Namespace) 
 
 
 def distillation(args: argparse.Namespace) -> gc.Distill:
-    """From the original: its states behind every block, or its logits."""
+    """From the original: its states behind every block, its logits, or both."""
+    losses: tuple[object, ...] = (gc.losses.Hint(),) if args.hints else (gc.SoftLabels(temperature=3.0),)
+    if args.hints and args.soft_labels:
+        losses += (gc.SoftLabels(temperature=1.0),)
     return gc.Distill(
-        losses=(gc.losses.Hint() if args.hints else gc.SoftLabels(temperature=3.0),),
+        losses=losses,
         epochs=args.tune,
         mixup=args.mixup,
         optimizer=AdamW(args.learning_rate, weight_decay=0.0),
