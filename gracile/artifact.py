@@ -174,6 +174,11 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], journal: dict[str, Any],
             f"The weights in '{directory}' do not fit this {type(model).__name__}.\n  {' '.join(reason)}\n"
             f"  Pass an instance built with the same arguments as the original."
         ) from error
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    for name, source in journal["tied"].items():
+        if name in buffers and source in buffers:
+            layer, _, key = name.rpartition(".")
+            model.get_submodule(layer)._buffers[key] = buffers[source]
 
 
 def _build(journal: dict[str, Any], directory: Path) -> nn.Module:

@@ -150,25 +150,41 @@ class TrainsOnGrid(nn.Module, ABC):
     @abstractmethod
     def end_training(self) -> None: ...
 
+    @abstractmethod
+    def hold_weight_of(self, other: Any) -> None: ...
+
 
 def begin_training(model: nn.Module, original: nn.Module | None = None) -> None:
     """Give every quantized layer float parameters: its weight, rounded in every forward, and its scales.
 
     original: the model before all compression, whose weights of the same name and shape say where in its cell each
-    weight starts; the function is the same.
+    weight starts; the function is the same. Layers that hold one weight train one.
     """
     weights = {} if original is None else dict(original.named_parameters())
-    for name, module in model.named_modules():
-        if isinstance(module, TrainsOnGrid):
-            own, recurrent = f"{name}.weight" if name else "weight", name.replace(".encoded.", ".")
-            module.begin_training(weights.get(own, weights.get(recurrent)))
+    for name, module, holder in _with_holders(model):
+        own, recurrent = f"{name}.weight" if name else "weight", name.replace(".encoded.", ".")
+        module.begin_training(weights.get(own, weights.get(recurrent)))
+        if holder is not module:
+            module.hold_weight_of(holder)
 
 
 def end_training(model: nn.Module) -> None:
     """Encode what was trained, on the grids it was trained on, and drop the parameters; outputs stay what they were."""
-    for module in model.modules():
+    for _, module, holder in _with_holders(model):
+        module.end_training()
+        if holder is not module:
+            module.hold_weight_of(holder)
+
+
+def _with_holders(model: nn.Module) -> list[tuple[str, TrainsOnGrid, TrainsOnGrid]]:
+    """Layers by name, each with the first that holds its weight, which mostly is itself."""
+    first: dict[int, TrainsOnGrid] = {}
+    found = []
+    for name, module in model.named_modules():
         if isinstance(module, TrainsOnGrid):
-            module.end_training()
+            weight = module._parameters.get("weight", module._buffers.get("weight_codes"))
+            found.append((name, module, first.setdefault(id(module if weight is None else weight), module)))
+    return found
 
 
 def freeze_batch_norms(model: nn.Module) -> None:

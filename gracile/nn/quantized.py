@@ -72,6 +72,15 @@ class QuantizedLayer(TrainsOnGrid):
             assert tensors[name].shape == buffer.shape, f"{name}: {tensors[name].shape}, not {buffer.shape}"
             self._buffers[f"weight_{name}"] = tensors[name].detach().to(buffer.device)
 
+    def hold_weight_of(self, other: QuantizedLayer) -> None:
+        """Hold the very tensors of another layer's weight, of the same shape and format; also while both train."""
+        assert (self.weight_shape, self._format_json) == (other.weight_shape, other._format_json)
+        for name in self.weight_tensors:
+            self._buffers[f"weight_{name}"] = other._buffers[f"weight_{name}"]
+        for name in ("weight", "weight_scale_change"):
+            if name in other._parameters:
+                self._parameters[name] = other._parameters[name]
+
     def set_range(self, role: str, scale: Tensor, zero_point: Tensor | None) -> None:
         """Set the grid of the "input" or the "output": scale [], and zero point [] (None: 0)."""
         getattr(self, f"{role}_scale").fill_(scale.detach().reshape(()))

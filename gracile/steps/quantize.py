@@ -29,6 +29,7 @@ from gracile.steps.quantization.quantize_recurrent import check_recurrent, quant
 from gracile.steps.quantization.reconstruct_blocks import reconstruct_blocks, record_reconstruction
 from gracile.steps.quantization.round_layers import record_rounding, round_in_sequence
 from gracile.steps.quantization.smooth import smooth
+from gracile.steps.quantization.tied import tie, tied_groups
 from gracile.surgery import Swap
 
 
@@ -55,7 +56,8 @@ class Quantize(Step):
 
     With an input format, a batch norm behind a convolution is folded into it first, as integer kernels need it; what
     such a layer gives a sum or the like takes 8 bits, since no kernel adds in fewer. LSTMs, GRUs and RNNs take the
-    scheme's weight format, each weight its nearest code, and compute in floating point.
+    scheme's weight format, each weight its nearest code, and compute in floating point. Linear layers and embeddings
+    that hold one weight take one format and go on holding one, of nearest codes; all of them are quantized, or none.
     """
 
     scheme: Scheme | Format | None = None
@@ -165,6 +167,7 @@ class Quantize(Step):
             chosen = choose_schemes(model, traced, ready.schemes, self.to, encoder, self.solver, context, recorder)
         for name in layers:
             encoder.swap(model, name, chosen[name], recorder)
+        tie(model, ready.tied, recorder)
         quantize_recurrent(model, ready.recurrent, self._options[0].weight, self.ranges, recorder)
         if ready.reference is not None and traced is not None and self.solver is not None:
             self._round(model, ready.reference, traced, layers, encoder, context, recorder)
@@ -186,52 +189,61 @@ class Quantize(Step):
         """Fold, equalize and measure; all that comes before the first layer is quantized."""
         layers, recurrent = self._quantizable(model, context, recorder)
         check_recurrent(model, recurrent, self._options[0].weight)
-        schemes = self._schemes(model, layers, context)
+        tied = [group for group in tied_groups(model) if group[0] in layers]
+        alone = [name for name in layers if not any(name in group for group in tied)]
+        schemes = self._schemes(model, layers, tied, context)
         encoder = Encoder(self.ranges)
         for name in layers:  # refuses before any change
             for scheme in schemes[name]:
                 encoder.check(name, model.get_submodule(name), scheme)
-        folded = self._fold(model, layers, context, recorder) if self._reads_inputs else {}
+        folded = self._fold(model, alone, context, recorder) if self._reads_inputs else {}
         looks = self._reads_inputs or self.solver is not None or self.to is not None or self.equalize is not None
         traced = _traced(model, context) if looks else None
         if isinstance(self.equalize, CrossLayer) and traced is not None:
-            self._equalize(model, layers, traced, context, recorder)
+            self._equalize(model, alone, traced, context, recorder)
         # Folded and equalized too, since its layers' outputs are what biases are corrected to.
         compares = self.correct or self.solver is not None
         reference = copy_model(model) if compares and context.data.has_calibration else None
         if self._reads_inputs and traced is not None:
-            encoder = replace(self._measure(model, layers, traced, context, recorder), folded=folded)
+            smoothing = self._smooth(model, alone, context, recorder)
+            encoder = replace(self._measure(model, layers, traced, smoothing, context), folded=folded)
             for name in [name for name in layers if name not in encoder.stats]:
                 recorder.skip(name, type(model.get_submodule(name)).__name__, "never called on the calibration batches")
                 layers.remove(name)
         elif traced is not None:
-            encoder = Encoder(self.ranges, smoothing=self._smooth(model, layers, context, recorder))
+            encoder = Encoder(self.ranges, smoothing=self._smooth(model, alone, context, recorder))
         if not layers and not recurrent:
             raise NothingChangedError("Quantize: no layer was quantized.\n  The report's skipped rows say why.")
         schemes = {name: schemes[name] for name in layers}
-        return _Prepared(layers, recurrent, schemes, encoder, traced, reference)
+        return _Prepared(layers, recurrent, tied, schemes, encoder, traced, reference)
 
     def _quantizable(self, model: nn.Module, context: Context, recorder: Recorder) -> tuple[list[str], list[str]]:
-        """The layers to quantize, and the recurrent ones, which have one format only and no choice of it."""
+        """The layers to quantize, and the recurrent ones. Those, as tied ones, have one format and no choice of it."""
         layers, recurrent = quantizable(model, self.exclude, context, recorder)
         if self.to is None:
             return layers, recurrent
-        for name in recurrent:
+        tied = {name for group in tied_groups(model) for name in group}
+        for name in (*recurrent, *[name for name in layers if name in tied]):
             recorder.skip(name, type(model.get_submodule(name)).__name__, "has no choice of formats; give it a step")
+        layers = [name for name in layers if name not in tied]
         if not layers:
             raise NothingChangedError(
-                "Quantize(to=...): only recurrent layers are left, which have no choice of formats."
+                "Quantize(to=...): only recurrent and tied layers are left, which have no choice of formats."
             )
         return layers, []
 
-    def _schemes(self, model: nn.Module, layers: list[str], context: Context) -> dict[str, tuple[Scheme, ...]]:
+    def _schemes(
+        self, model: nn.Module, layers: list[str], tied: list[list[str]], context: Context
+    ) -> dict[str, tuple[Scheme, ...]]:
         """The scheme of each layer, or those there are to choose from."""
         schemes = dict.fromkeys(layers, self._options)
         ends = self._options[0].ends if self.to is None else None
         if ends is not None:
             weighted = {n for n, m in model.named_modules() if isinstance(m, QuantizedLayer) or quantized_kind(m)}
             called = [layer.name for layer in _traced(model, context).layers if layer.name in weighted]
-            schemes |= {name: (ends,) for name in (*called[:1], *called[-1:]) if name in schemes}
+            outer = {*called[:1], *called[-1:]}
+            outer |= {name for group in tied if outer & set(group) for name in group}
+            schemes |= {name: (ends,) for name in outer if name in schemes}
         return schemes
 
     def _round(
@@ -298,11 +310,9 @@ class Quantize(Step):
         return smooth(model, layers, self.equalize, self._options[0], self.ranges, context, recorder)
 
     def _measure(
-        self, model: nn.Module, layers: list[str], traced: Trace, context: Context, recorder: Recorder
+        self, model: nn.Module, layers: list[str], traced: Trace, smoothing: dict[str, Tensor], context: Context
     ) -> Encoder:
-        """The histograms of inputs and outputs, and what smooths them."""
-        outputs = layers_with_output_grids(model, layers, traced)
-        smoothing = self._smooth(model, layers, context, recorder)
+        """The histograms of inputs, divided by what smooths them, and of outputs."""
         stats = collect_activations(
             model,
             layers,
@@ -311,18 +321,19 @@ class Quantize(Step):
             divisors=smoothing,
             on_batch=lambda n: context.progress("calibrate", n, None),
         )
-        return Encoder(self.ranges, stats, outputs, smoothing)
+        return Encoder(self.ranges, stats, layers_with_output_grids(model, layers, traced), smoothing)
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A model about to be quantized: its layers, the schemes of each, and what was seen of it.
+    """A model about to be quantized: its layers, those of them with one weight, schemes, and what was seen of it.
 
     reference: the float model that the result is compared with, or None. traced: None where nothing needs it.
     """
 
     layers: list[str]
     recurrent: list[str]
+    tied: list[list[str]]
     schemes: dict[str, tuple[Scheme, ...]]
     encoder: Encoder
     traced: Trace | None

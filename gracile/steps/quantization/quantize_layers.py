@@ -20,6 +20,7 @@ from gracile.recipe import Recorder
 from gracile.report.model import LayerRow
 from gracile.select import Select
 from gracile.stats.rows import CONVOLUTIONS
+from gracile.steps.quantization.tied import tied_groups, why_apart
 from gracile.surgery import Swap, apply
 
 #: Operators between a convolution and the next quantized layer that integer kernels take into the convolution.
@@ -40,11 +41,13 @@ def quantizable(
         if isinstance(m, QuantizedLayer) or any(p.ndim >= 2 for p in m.parameters(recurse=False))
     ]
     Select(exclude=exclude).check([name for name, _ in weighted])
-    shared = shared_weights(model)
+    tied = {name: group for group in tied_groups(model) for name in group}
+    selected = [name for name, _ in weighted if select.matches(name)]
     chosen, recurrent = [], []
     for name, module in weighted:
         if not select.matches(name):
             continue
+        apart = why_apart(model, name, tied[name], selected) if name in tied else None
         if isinstance(module, QuantizedLayer):
             recorder.skip(name, type(module).__name__, "quantized already")
         elif name and recurrent_kind(module) is not None:
@@ -53,8 +56,8 @@ def quantizable(
             recorder.skip(name, type(module).__name__, f"no quantized layer stands for a {type(module).__name__}")
         elif not name:
             recorder.skip("model", type(module).__name__, "the model is itself a layer; wrap it: nn.Sequential(model)")
-        elif name in shared:
-            recorder.skip(name, type(module).__name__, f"shares its weight with '{shared[name]}'")
+        elif apart is not None:
+            recorder.skip(name, type(module).__name__, apart)
         else:
             chosen.append(name)
     if not chosen and not recurrent:
@@ -206,18 +209,3 @@ def format_for(layer: nn.Module, fmt: Format) -> Format:
     if transposed and isinstance(fmt, Int) and fmt.granularity == PerChannel(0):
         return replace(fmt, granularity=PerChannel(1))
     return fmt
-
-
-def shared_weights(model: nn.Module) -> dict[str, str]:
-    """Layer -> another layer that holds the very same weight."""
-    owners: dict[int, str] = {}
-    shared: dict[str, str] = {}
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is None:
-            continue
-        if id(weight) in owners:
-            shared[name] = owners[id(weight)]
-            shared[owners[id(weight)]] = name
-        owners.setdefault(id(weight), name)
-    return shared

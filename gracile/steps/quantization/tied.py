@@ -1,0 +1,49 @@
+"""Layers that hold one weight, as an embedding and the output layer of a language model: they take one format."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from gracile.nn import QuantizedLayer, quantized_kind
+from gracile.recipe import Recorder
+
+#: Layers whose weights have the same rows, and so the same codes.
+TOGETHER = (nn.Linear, nn.Embedding)
+
+
+def tied_groups(model: nn.Module) -> list[list[str]]:
+    """Names of the layers that hold the very same weight, those of every such weight in the order of the model."""
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            holders.setdefault(id(weight), []).append(name)
+    return [names for names in holders.values() if len(names) > 1]
+
+
+def why_apart(model: nn.Module, name: str, group: Sequence[str], selected: Collection[str]) -> str | None:
+    """Why this layer of a group cannot be quantized together with the others; None where it can."""
+    for other in sorted(group, key=lambda other: other == name):
+        shares = "its weight is held elsewhere too" if other == name else f"shares its weight with '{other}'"
+        module = model.get_submodule(other)
+        if not isinstance(module, TOGETHER) or quantized_kind(module) is None:
+            return f"{shares}, a {type(module).__name__}"
+        if other not in selected:
+            return f"{shares}, which is not selected"
+    return None
+
+
+def tie(model: nn.Module, groups: Sequence[Sequence[str]], recorder: Recorder) -> None:
+    """Let the quantized layers of each group hold the codes and scales of its first, which equal theirs."""
+    for first, *others in groups:
+        source = model.get_submodule(first)
+        for name in others:
+            layer = model.get_submodule(name)
+            if isinstance(source, QuantizedLayer) and isinstance(layer, QuantizedLayer):
+                layer.hold_weight_of(source)
+                rows = enumerate(recorder.layers)
+                i = next(i for i, row in rows if row.name == name and row.action == "quantized")
+                recorder.layers[i] = replace(recorder.layers[i], reason=f"one weight with '{first}'")
