@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from gracile.data import Batch, Data, logits_of
+from gracile.formats import Int, PerChannel
 from gracile.modes import eval_mode
 from gracile.nn import QuantizedConv, QuantizedLinear
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 FLOOR = 1e-12  # of a variance in a ratio: a channel that is constant in both models keeps its stored variance
+MOST = 4.0  # by which a channel's scale is changed at most: a channel that is all but dead has no variance to match
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ def match_statistics(
     kept: Mapping[str, Tensor],
     *,
     biases: bool = True,
+    gains: bool = False,
     on_batch: Callable[[int], None] | None = None,
 ) -> Correction:
     """Correct stored batch-norm statistics and biases by the difference to the original on the same batches.
@@ -47,20 +50,26 @@ def match_statistics(
         variance ← stored variance · (variance of compressed / variance of original)
         bias ← bias + (mean output of original − mean output of compressed)
 
+    and with `gains`, for quantized layers with a scale for each output channel and fewer than 8 bits,
+
+        scale ← g · scale, g = √(variance of original's output / variance of compressed's), and the bias by the mean
+
+    which is what re-estimating a batch norm would do, had it not been folded into them.
+
     Both models see the same batch side by side, and each layer of the compressed one already computes with the
     corrected values of that batch, as in re-estimation; corrections are averaged over batches. For an unchanged model
     this is the identity, whatever its stored statistics (plain re-estimation is not).
 
     kept: layer name -> indices of the original's output channels that the compressed layer still has; layers not named
     have them all. biases: also correct linear and convolution layers that have a bias (a batch norm
-    behind one takes the shift out again).
+    behind one takes the shift out again). gains: correct none but the layers above.
     One batch in eight, at least one, is held out; the correction is kept if the model's output error there falls.
     """
     fitted, held_out = split_batches(data)
-    layers = _correctable(model, original, biases)
+    layers = layers_of_few_bits(model, original) if gains else _correctable(model, original, biases)
     before = output_error(model, original, data, held_out)
     backup = {name: _state(model.get_submodule(name)) for name in layers}
-    matcher = _Matcher(model, original, layers, kept)
+    matcher = _Matcher(model, original, layers, kept, gains)
     with eval_mode(model, original), torch.no_grad(), matcher:
         for i, batch in enumerate(fitted):
             data.forward(original, batch)
@@ -95,6 +104,20 @@ def _correctable(model: nn.Module, original: nn.Module, biases: bool) -> list[st
     ]
 
 
+def layers_of_few_bits(model: nn.Module, original: nn.Module) -> list[str]:
+    """Names of the quantized layers of fewer than 8 bits whose output channels each have a scale and a bias."""
+    others = dict(original.named_modules())
+    return [name for name, m in model.named_modules() if name in others and _has_biased_channels(m) and _has_gains(m)]
+
+
+def _has_gains(module: nn.Module) -> bool:
+    if not isinstance(module, (QuantizedLinear, QuantizedConv)) or getattr(module, "transposed", False):
+        return False
+    weight, given = module.weight_format, module.input_format
+    by_channel = isinstance(weight, Int) and weight.granularity == PerChannel(0)
+    return by_channel and min(weight.bits, 8 if given is None else given.bits) < 8
+
+
 def _is_tracking_norm(module: nn.Module, other: nn.Module) -> bool:
     return isinstance(module, BATCH_NORMS) and isinstance(other, BATCH_NORMS) and module.running_mean is not None
 
@@ -106,6 +129,7 @@ def _has_biased_channels(module: nn.Module) -> bool:
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
     keys = ("running_mean", "running_var") if isinstance(module, BATCH_NORMS) else ("bias",)
+    keys += ("weight_scale",) if _has_gains(module) else ()
     return {key: getattr(module, key).detach().clone() for key in keys}
 
 
@@ -126,8 +150,10 @@ def output_error(model: nn.Module, original: nn.Module, data: Data, batches: lis
 class _Matcher:
     """Hooks on both models: the original's moments of a batch, and the compressed one corrected by them on the fly."""
 
-    def __init__(self, model: nn.Module, original: nn.Module, layers: list[str], kept: Mapping[str, Tensor]) -> None:
-        self.model, self.original, self.layers, self.kept = model, original, layers, kept
+    def __init__(
+        self, model: nn.Module, original: nn.Module, layers: list[str], kept: Mapping[str, Tensor], gains: bool
+    ) -> None:
+        self.model, self.original, self.layers, self.kept, self.gains = model, original, layers, kept, gains
         self.moments: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}  # one for each call
         self.sums: dict[str, list[Tensor]] = {}
         self.counts: dict[str, int] = {}
@@ -187,12 +213,18 @@ class _Matcher:
         def hook(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if not self.moments[name] or not isinstance(output, Tensor):
                 return None
-            mean0, _ = self.moments[name].pop(0)
-            shift = mean0 - _rows(module, output).double().mean(0)
-            self._accumulate(name, [shift])
+            mean0, variance0 = self.moments[name].pop(0)
             view = [1] * output.ndim
             view[1 if _channel_first(module) else -1] = -1
-            return output + shift.to(output.dtype).view(view)
+            rows = _rows(module, output).double()
+            if not self.gains:
+                shift = mean0 - rows.mean(0)
+                self._accumulate(name, [shift])
+                return output + shift.to(output.dtype).view(view)
+            variance, mean = torch.var_mean(rows, dim=0, correction=0)
+            self._accumulate(name, [mean, variance, mean0, variance0])
+            gain = _gain(variance, variance0)
+            return output * gain.to(output.dtype).view(view) + (mean0 - gain * mean).to(output.dtype).view(view)
 
         return hook
 
@@ -214,8 +246,19 @@ class _Matcher:
                 if len(averages) == 2:  # mean and variance of a batch norm
                     module.running_mean.copy_(averages[0])
                     module.running_var.copy_(averages[1])
+                elif len(averages) == 4:
+                    mean, variance, mean0, variance0 = averages
+                    gain = _gain(variance, variance0)
+                    module.weight_scale.mul_(gain.to(module.weight_scale.dtype).view(module.weight_scale.shape))
+                    module.bias.copy_(gain * (module.bias.double() - mean) + mean0)
                 else:
                     module.bias.add_(averages[0].to(module.bias.dtype))
+
+
+def _gain(variance: Tensor, wanted: Tensor) -> Tensor:
+    """By what a channel is to be multiplied; 1 where it is constant in either model."""
+    gain = (wanted / variance.clamp_min(FLOOR)).sqrt().clamp(1 / MOST, MOST)
+    return torch.where((variance > FLOOR) & (wanted > FLOOR), gain, torch.ones_like(gain))
 
 
 def _channel_first(module: nn.Module) -> bool:

@@ -7,10 +7,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from gracile.context import Context
 from gracile.data import Data
 from gracile.errors import DataError
-from gracile.stats.match import _Matcher, match_statistics
+from gracile.formats import W2A2, W2A8, W8A8, Scheme
+from gracile.stats.match import _Matcher, layers_of_few_bits, match_statistics
+from gracile.steps import Quantize
 
 
 def batches(count: int, shape: tuple[int, ...], seed: int = 0) -> list[Tensor]:
@@ -56,7 +60,7 @@ def test_an_untouched_model_stays_bit_for_bit_whatever_its_stored_statistics() -
     assert (done.error_before, done.error_after, done.accepted, done.layers) == (0.0, 0.0, False, ())
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     # Not because it was taken back: what the matcher stores is the identity by itself.
-    matcher = _Matcher(net, twin, ["0", "1", "4", "7"], {})
+    matcher = _Matcher(net, twin, ["0", "1", "4", "7"], {}, False)
     with torch.no_grad(), matcher:
         for x in data:
             twin(x), net(x)
@@ -271,3 +275,54 @@ def test_modules_that_are_no_layers_of_one_output_are_left_alone(kind: Callable[
     before = state(net)
     assert match_statistics(net, original, data, {}).layers == ()
     assert all(torch.equal(v, before[k]) for k, v in state(net).items())
+
+
+def quantized(scheme: Scheme) -> tuple[nn.Module, nn.Sequential, list[Tensor]]:
+    """A net in few bits, and what it is of with its batch norms folded: its first and last layer have 8 bits."""
+    net, data = convolutional(), batches(3, (16, 3, 8, 8))
+    net.append(nn.Linear(5, 5))
+    context = Context(Data(calibration=data), net, net)
+    folded, model = copy.deepcopy(net), copy.deepcopy(net)
+    for conv, norm in ((0, 1), (3, 4)):
+        folded[conv], folded[norm] = fuse_conv_bn_eval(folded[conv], folded[norm]), nn.Identity()  # type: ignore[arg-type,type-var]
+    Quantize(scheme, correct=False)(model, context)
+    return model, folded, data
+
+
+def moments(net: nn.Module, name: str, data: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel of a layer's output."""
+    seen: list[Tensor] = []
+    handle = net.get_submodule(name).register_forward_hook(lambda m, a, y: seen.append(y))
+    with torch.no_grad():
+        for x in data:
+            net(x)
+    handle.remove()
+    rows = torch.cat(seen).movedim(1, -1).flatten(0, -2).double()
+    return rows.mean(0), rows.std(0, correction=0)
+
+
+@pytest.mark.parametrize("scheme", [W2A8, W2A2], ids=str)
+def test_channels_of_few_bits_get_the_mean_and_the_scale_of_the_original(scheme: Scheme) -> None:
+    model, folded, data = quantized(scheme)
+    assert layers_of_few_bits(model, folded) == ["3", "7"]
+    before = moments(model, "3", data[:1])
+    done = match_statistics(model, folded, Data(calibration=data[:1]), {}, gains=True)
+    assert done.accepted and done.layers == ("3", "7") and done.error_after < done.error_before
+    for found, wanted, was in zip(moments(model, "3", data[:1]), moments(folded, "3", data[:1]), before):
+        # Inputs are on the same grid, so that of one batch they are met exactly but for the 8-bit grid of the output.
+        np.testing.assert_allclose(found, wanted, rtol=0.02, atol=0.02)
+        assert float((was - wanted).abs().max()) > 3 * float((found - wanted).abs().max())
+
+
+def test_channel_scales_are_put_back_where_the_error_does_not_fall() -> None:
+    model, folded, data = quantized(W2A2)
+    before = state(model)
+    # Inputs fifty times as large are clipped, which scales cannot make good for inputs as they are.
+    done = match_statistics(model, folded, Data(calibration=[data[0], *(50 * x for x in data)]), {}, gains=True)
+    assert not done.accepted and done.error_after > done.error_before and done.layers == ()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_eight_bits_have_no_scales_to_match() -> None:
+    model, folded, _ = quantized(W8A8)
+    assert layers_of_few_bits(model, folded) == []
