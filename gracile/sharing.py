@@ -1,4 +1,4 @@
-"""Copies of a model that read its parameters in place, and parameters of their own before something is written."""
+"""Parameters held in more than one place: by copies of a model, and by layers of one."""
 
 from __future__ import annotations
 
@@ -28,6 +28,19 @@ def own_parameters(model: nn.Module, *others: nn.Module) -> None:
     for parameter in model.parameters():
         if _place(parameter) in theirs:
             parameter.data = parameter.data.clone()
+
+
+def tied_groups(model: nn.Module, parameter: str | None = None) -> list[list[str]]:
+    """Names of the modules that hold the very same parameter as their own, of every parameter that several hold.
+
+    parameter: what it is called in all of them; None: whatever it is called.
+    """
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, held in module._parameters.items():
+            if held is not None and parameter in (None, key):
+                holders.setdefault(id(held), []).append(name)
+    return [names for names in holders.values() if len(names) > 1]
 
 
 def _place(tensor: Tensor) -> int:

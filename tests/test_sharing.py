@@ -13,7 +13,7 @@ from gracile.context import Context
 from gracile.evaluate.size import state_bytes
 from gracile.recipe import Step
 from gracile.report.model import StepRecord
-from gracile.sharing import own_parameters, share_parameters
+from gracile.sharing import own_parameters, share_parameters, tied_groups
 from tests.labels import label
 
 
@@ -118,3 +118,14 @@ def test_a_cut_allocates_little_more_than_its_result() -> None:
     size = state_bytes(model)
     assert state_bytes(result.model) < 0.75 * size
     assert peak_bytes(profile) < 1.3 * size
+
+
+def test_groups_of_modules_with_one_parameter() -> None:
+    net = Tied()
+    assert tied_groups(net) == tied_groups(net, "weight") == [["embed", "head"]]
+    net.head.bias = nn.Parameter(torch.zeros(7))
+    net.other = nn.Linear(4, 7)
+    net.other.bias = net.head.bias
+    assert tied_groups(net, "weight") == [["embed", "head"]]
+    assert tied_groups(net) == [["embed", "head"], ["head", "other"]]
+    assert tied_groups(nn.Linear(3, 3, bias=False)) == []

@@ -17,6 +17,7 @@ from gracile.ranges import MSE, Range
 from gracile.recipe import Recorder, Step
 from gracile.report.model import LayerRow, StepRecord
 from gracile.select import check_exclude
+from gracile.sharing import tied_groups
 from gracile.solvers import BlockSolver, RoundingSolver
 from gracile.stats.collect import collect_activations, first_batch
 from gracile.stats.match import output_error, split_batches
@@ -29,7 +30,7 @@ from gracile.steps.quantization.quantize_recurrent import check_recurrent, quant
 from gracile.steps.quantization.reconstruct_blocks import reconstruct_blocks, record_reconstruction
 from gracile.steps.quantization.round_layers import record_rounding, round_in_sequence
 from gracile.steps.quantization.smooth import smooth
-from gracile.steps.quantization.tied import tie, tied_groups
+from gracile.steps.quantization.tied import tie
 from gracile.surgery import Swap
 
 
@@ -189,7 +190,7 @@ class Quantize(Step):
         """Fold, equalize and measure; all that comes before the first layer is quantized."""
         layers, recurrent = self._quantizable(model, context, recorder)
         check_recurrent(model, recurrent, self._options[0].weight)
-        tied = [group for group in tied_groups(model) if group[0] in layers]
+        tied = [group for group in tied_groups(model, "weight") if group[0] in layers]
         alone = [name for name in layers if not any(name in group for group in tied)]
         schemes = self._schemes(model, layers, tied, context)
         encoder = Encoder(self.ranges)
@@ -222,7 +223,7 @@ class Quantize(Step):
         layers, recurrent = quantizable(model, self.exclude, context, recorder)
         if self.to is None:
             return layers, recurrent
-        tied = {name for group in tied_groups(model) for name in group}
+        tied = {name for group in tied_groups(model, "weight") for name in group}
         for name in (*recurrent, *[name for name in layers if name in tied]):
             recorder.skip(name, type(model.get_submodule(name)).__name__, "has no choice of formats; give it a step")
         layers = [name for name in layers if name not in tied]

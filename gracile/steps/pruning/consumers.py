@@ -11,6 +11,7 @@ from gracile.context import Context
 from gracile.criteria import Consumer
 from gracile.graph import Group, Trace
 from gracile.graph.groups import Member
+from gracile.sharing import tied_groups
 from gracile.stats.collect import collect_activations
 from gracile.stats.refit import refittable
 from gracile.stats.targets import ROWS
@@ -34,12 +35,7 @@ def readers(model: nn.Module, group: Group) -> dict[str, Member]:
 
 def tied_layers(model: nn.Module) -> set[str]:
     """Layers whose weight another module holds too: what is done to it for the one is done to the other."""
-    holders: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            holders.setdefault(id(parameter), []).append(name)
-    holders.pop(id(None), None)
-    return {layer for layers in holders.values() if len(layers) > 1 for layer in layers}
+    return {layer for group in tied_groups(model) for layer in group}
 
 
 def collect_consumers(

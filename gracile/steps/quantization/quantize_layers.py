@@ -19,8 +19,9 @@ from gracile.ranges.base import Range
 from gracile.recipe import Recorder
 from gracile.report.model import LayerRow
 from gracile.select import Select
+from gracile.sharing import tied_groups
 from gracile.stats.rows import CONVOLUTIONS
-from gracile.steps.quantization.tied import tied_groups, why_apart
+from gracile.steps.quantization.tied import why_apart
 from gracile.surgery import Swap, apply
 
 #: Operators between a convolution and the next quantized layer that integer kernels take into the convolution.
@@ -41,7 +42,7 @@ def quantizable(
         if isinstance(m, QuantizedLayer) or any(p.ndim >= 2 for p in m.parameters(recurse=False))
     ]
     Select(exclude=exclude).check([name for name, _ in weighted])
-    tied = {name: group for group in tied_groups(model) for name in group}
+    tied = {name: group for group in tied_groups(model, "weight") for name in group}
     selected = [name for name, _ in weighted if select.matches(name)]
     chosen, recurrent = [], []
     for name, module in weighted:

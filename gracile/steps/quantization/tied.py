@@ -14,16 +14,6 @@ from gracile.recipe import Recorder
 TOGETHER = (nn.Linear, nn.Embedding)
 
 
-def tied_groups(model: nn.Module) -> list[list[str]]:
-    """Names of the layers that hold the very same weight, those of every such weight in the order of the model."""
-    holders: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            holders.setdefault(id(weight), []).append(name)
-    return [names for names in holders.values() if len(names) > 1]
-
-
 def why_apart(model: nn.Module, name: str, group: Sequence[str], selected: Collection[str]) -> str | None:
     """Why this layer of a group cannot be quantized together with the others; None where it can."""
     for other in sorted(group, key=lambda other: other == name):
