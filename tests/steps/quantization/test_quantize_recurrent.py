@@ -128,7 +128,7 @@ def test_a_model_of_nothing_else() -> None:
 
     result = gc.compress(Only().eval(), gc.Quantize(gc.W8A8), gc.Data(calibration=frames()))
     assert isinstance(result.model.rnn, QuantizedRecurrent)
-    with pytest.raises(NothingChangedError, match="only recurrent layers"):
+    with pytest.raises(NothingChangedError, match="only recurrent and tied layers"):
         gc.compress(
             Only().eval(),
             gc.Quantize(to=gc.Bytes(0.2), options=(gc.W8A8, gc.formats.W4A8)),
