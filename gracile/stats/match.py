@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from gracile.data import Batch, Data, logits_of
 from gracile.formats import Int, PerChannel
 from gracile.modes import eval_mode
-from gracile.nn import QuantizedConv, QuantizedLinear
+from gracile.nn import QuantizedConv, QuantizedLayer, QuantizedLinear
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 FLOOR = 1e-12  # of a variance in a ratio: a channel that is constant in both models keeps its stored variance
@@ -105,9 +106,18 @@ def _correctable(model: nn.Module, original: nn.Module, biases: bool) -> list[st
 
 
 def layers_of_few_bits(model: nn.Module, original: nn.Module) -> list[str]:
-    """Names of the quantized layers of fewer than 8 bits whose output channels each have a scale and a bias."""
+    """Names of the quantized layers of fewer than 8 bits with a bias and a scale of its own for each output channel.
+
+    Not those that hold their weight together with another layer.
+    """
     others = dict(original.named_modules())
-    return [name for name, m in model.named_modules() if name in others and _has_biased_channels(m) and _has_gains(m)]
+    found = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
+    holders = Counter(id(m._buffers.get("weight_scale")) for m in found.values())
+    return [
+        name
+        for name, m in found.items()
+        if name in others and _has_biased_channels(m) and _has_gains(m) and holders[id(m.weight_scale)] == 1
+    ]
 
 
 def _has_gains(module: nn.Module) -> bool:

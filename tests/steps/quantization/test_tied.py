@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import gracile as gc
 from gracile.evaluate.size import state_bytes
 from gracile.nn import begin_training, end_training
+from gracile.stats.match import layers_of_few_bits
 
 
 class LanguageModel(nn.Module):
@@ -113,6 +114,13 @@ def test_a_solver_rounds_the_others() -> None:
     assert "GPTQ" in str(rows_of(result, "quantized")["mix"])
     model: Any = result.model
     assert model.head.weight_codes is model.embed.weight_codes
+
+
+def test_the_scales_of_its_channels_are_not_the_head_s_to_correct() -> None:
+    model = language_model()
+    model.head.bias = nn.Parameter(torch.zeros(20))
+    result: Any = compress(model, gc.Quantize(gc.Int(3), correct=False)).model
+    assert layers_of_few_bits(result, model) == ["mix"]
 
 
 def test_smoothing_leaves_it_as_it_is() -> None:
