@@ -138,8 +138,8 @@ def _has_biased_channels(module: nn.Module) -> bool:
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
-    keys = ("running_mean", "running_var") if isinstance(module, BATCH_NORMS) else ("bias",)
-    keys += ("weight_scale",) if _has_gains(module) else ()
+    keys = ["running_mean", "running_var"] if isinstance(module, BATCH_NORMS) else ["bias"]
+    keys += ["weight_scale"] if _has_gains(module) else []
     return {key: getattr(module, key).detach().clone() for key in keys}
 
 
