@@ -16,14 +16,19 @@ TOGETHER = (nn.Linear, nn.Embedding)
 
 def why_apart(model: nn.Module, name: str, group: Sequence[str], selected: Collection[str]) -> str | None:
     """Why this layer of a group cannot be quantized together with the others; None where it can."""
-    for other in sorted(group, key=lambda other: other == name):
-        shares = "its weight is held elsewhere too" if other == name else f"shares its weight with '{other}'"
-        module = model.get_submodule(other)
-        if not isinstance(module, TOGETHER) or quantized_kind(module) is None:
-            return f"{shares}, a {type(module).__name__}"
+    others = [other for other in group if other != name]
+    for other in others:
+        if not _fits(model.get_submodule(other)):
+            return f"shares its weight with '{other}', a {type(model.get_submodule(other)).__name__}"
         if other not in selected:
-            return f"{shares}, which is not selected"
+            return f"shares its weight with '{other}', which is not selected"
+    if not _fits(model.get_submodule(name)):
+        return f"shares its weight with '{others[0]}'; only linear layers and embeddings are quantized together"
     return None
+
+
+def _fits(layer: nn.Module) -> bool:
+    return isinstance(layer, TOGETHER) and quantized_kind(layer) is not None
 
 
 def tie(model: nn.Module, groups: Sequence[Sequence[str]], recorder: Recorder) -> None:
