@@ -4,7 +4,7 @@
 
 From `apot_res20_32bit` (92.96 % on test5k). Training on augmented images of train20k, by soft labels of the float model
 and, unless --no-hints, its blocks' states; part of these choose the epoch, and test5k only judges. First and last layer
-have 8 bits, and with --projections the shortcuts' convolutions too (1.0 % of the weights), through which all of a
+have 8 bits, and with --projections the shortcuts' convolutions too (0.9 % of the weights), through which all of a
 stream has to pass.
 """
 

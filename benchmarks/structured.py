@@ -104,6 +104,8 @@ def main() -> None:
     args = parser.parse_args()
     if PEER in args.variants and not args.tune:
         parser.error(f"{PEER} without training is in benchmarks.channels")
+    if args.soft_labels and not args.hints:
+        parser.error("--no-hints trains by soft labels already")
     build, normalisation = MODELS[args.model]
     model = build()
     images, labels = cifar10("train20k", normalisation)
@@ -149,7 +151,7 @@ def method(settings: dict[str, object], ratio: float, args: argparse.Namespace) 
 def distillation(args: argparse.Namespace) -> gc.Distill:
     """From the original: its states behind every block, its logits, or both."""
     losses: tuple[object, ...] = (gc.losses.Hint(),) if args.hints else (gc.SoftLabels(temperature=3.0),)
-    if args.hints and args.soft_labels:
+    if args.soft_labels:
         losses += (gc.SoftLabels(temperature=1.0),)
     return gc.Distill(
         losses=losses,

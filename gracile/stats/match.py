@@ -256,7 +256,7 @@ class _Matcher:
                 if len(averages) == 2:  # mean and variance of a batch norm
                     module.running_mean.copy_(averages[0])
                     module.running_var.copy_(averages[1])
-                elif len(averages) == 4:
+                elif self.gains:
                     mean, variance, mean0, variance0 = averages
                     gain = _gain(variance, variance0)
                     module.weight_scale.mul_(gain.to(module.weight_scale.dtype).view(module.weight_scale.shape))
