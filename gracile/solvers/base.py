@@ -30,6 +30,11 @@ class Moments:
         gram = self.gram[columns][:, columns]
         return Moments(gram, self.cross[:, columns], self.mean[columns], self.mean_target, self.square_target)
 
+    def of_group(self, index: int) -> Moments:
+        """The moments of one group, where those of several have an axis of groups in front."""
+        square = None if self.square_target is None else self.square_target[index]
+        return Moments(self.gram[index], self.cross[index], self.mean[index], self.mean_target[index], square)
+
 
 @dataclass(frozen=True)
 class Factors:

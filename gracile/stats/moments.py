@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gracile.nn import QuantizedLayer
 from gracile.solvers import Moments
+from gracile.stats.norms import has_factors, normalised
 from gracile.stats.replay import Replay
 from gracile.stats.rows import count_rows, input_rows, rows_at
 from gracile.stats.sums import read_inputs, read_layer
@@ -33,7 +34,8 @@ class LayerMoments:
     that the layer still has; all where not named. norms: layer -> the batch norm that alone reads its output, which
     takes up a shifted mean where the layer has no bias. Where the output is added to a stream (`targets.sums`), the
     target also carries the error of that stream. Inputs of quantized layers count as their grid leaves them, and those
-    of grouped convolutions by group: the moments then have an axis of groups in front.
+    of grouped convolutions by group: the moments then have an axis of groups in front. The inputs of a normalisation's
+    factors are what they multiply, by channel.
     """
 
     model: nn.Module
@@ -46,7 +48,7 @@ class LayerMoments:
 
     def centred(self, name: str) -> bool:
         """Whether the layer's outputs may shift by a constant, so that second moments are about the mean."""
-        return self.model.get_submodule(name).bias is not None or name in self.norms
+        return getattr(self.model.get_submodule(name), "bias", None) is not None or name in self.norms
 
     @torch.no_grad()
     def measure(self, name: str) -> Moments:
@@ -61,11 +63,16 @@ class LayerMoments:
         summed = self.targets.sums.get(name) if target.streams else None
         for i in range(len(self.targets.batches)):
             x, stream = read_layer(self.model, name, partial(self._run, i), summed)
-            inputs, wanted = self._inputs(name, x, i), self._rows(name, target.outputs[i])
+            wanted = self._rows(name, target.outputs[i])
             if stream is not None:
                 stream0 = self._rows(name, target.streams[i])
                 wanted = wanted + self._gain(name, stream0 - rows_at(layer, stream, target.chosen[i]))
-            total.add(inputs, self._by_group(layer, wanted))
+            if has_factors(layer):
+                inputs, offset = self._normalised(name, x, i)
+                wanted = wanted - offset
+            else:
+                inputs = self._inputs(name, x, i)
+            total.add(self._by_group(layer, inputs), self._by_group(layer, wanted))
         return total.moments()
 
     @torch.no_grad()
@@ -77,7 +84,8 @@ class LayerMoments:
             inputs = read_inputs(self.model, names, partial(self._run, i))
             for name in names:
                 outputs = self.targets.of(name).outputs[i]
-                totals[name].add(self._inputs(name, inputs[name], i), self._rows(name, outputs))
+                rows = self._by_group(self.model.get_submodule(name), self._inputs(name, inputs[name], i))
+                totals[name].add(rows, self._rows(name, outputs))
         return {name: total.moments() for name, total in totals.items()}
 
     @torch.no_grad()
@@ -100,20 +108,35 @@ class LayerMoments:
 
     def _inputs(self, name: str, x: Tensor, batch: int) -> Tensor:
         layer, target = self.model.get_submodule(name), self.targets.of(name)
-        count = count_rows(layer, x)
-        if count != target.counts[batch]:
-            raise CannotRefitError(f"{name} reads {count} tokens, and {target.counts[batch]} in the original")
+        self._check_count(name, count_rows(layer, x), batch)
         if isinstance(layer, QuantizedLayer):
             x = layer.on_input_grid(x)
-        return self._by_group(layer, input_rows(layer, x, target.chosen[batch]))
+        return input_rows(layer, x, target.chosen[batch])
+
+    def _normalised(self, name: str, x: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        """Rows of what the factors of a normalisation multiply, and of what is added to that beside the bias."""
+        layer, chosen = self.model.get_submodule(name), self.targets.of(name).chosen[batch]
+        found = normalised(layer, x)
+        if found is None:
+            raise CannotRefitError(f"the output of {name} is not affine in a factor for each channel")
+        self._check_count(name, found[0][..., 0].numel(), batch)
+        n, offset = (rows_at(layer, part, chosen) for part in found)
+        return n, offset
+
+    def _check_count(self, name: str, count: int, batch: int) -> None:
+        if count != (there := self.targets.of(name).counts[batch]):
+            raise CannotRefitError(f"{name} reads {count} tokens, and {there} in the original")
 
     def _rows(self, name: str, y: Tensor) -> Tensor:
         """What is left of the original's outputs."""
         return y[:, self.kept[name].to(y.device)] if name in self.kept else y
 
     def _by_group(self, layer: Any, rows: Tensor) -> Tensor:
-        """[n, columns of all groups] as [groups, n, columns of one]; as it is where there is one group."""
-        groups: int = getattr(layer, "groups", 1)
+        """[n, columns of all groups] as [groups, n, columns of one]; as it is where there is one group.
+
+        Each channel of a normalisation is a group.
+        """
+        groups: int = rows.shape[1] if has_factors(layer) else getattr(layer, "groups", 1)
         return rows if groups == 1 else rows.unflatten(1, (groups, -1)).movedim(1, 0)
 
     def _gain(self, name: str, delta: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gracile.solvers import LeastSquares, Moments
 from gracile.stats.moments import CannotRefitError, LayerMoments
+from gracile.stats.norms import has_factors
 from gracile.stats.rows import unfoldable
 
 
@@ -21,7 +22,10 @@ def refittable(module: nn.Module) -> bool:
 
 @dataclass
 class Refit(LayerMoments):
-    """Refits layers of a compressed model in place, each to the original's outputs on the inputs that it now gets."""
+    """Refits layers of a compressed model in place, each to the original's outputs on the inputs that it now gets.
+
+    Of normalisations with a factor for each channel (`has_factors`) these and the bias are refitted, in the same way.
+    """
 
     solver: LeastSquares = field(default_factory=LeastSquares)
 
@@ -29,6 +33,9 @@ class Refit(LayerMoments):
     def solve(self, name: str, moments: Moments, columns: Tensor | None = None) -> None:
         """Set the layer to its least-squares weight; with columns, of those inputs only, and zero on the others."""
         layer: Any = self.model.get_submodule(name)
+        if has_factors(layer):
+            self._solve_factors(name, moments)
+            return
         source: Any = self.targets.original.get_submodule(name)
         rows = self.kept.get(name, torch.arange(len(source.weight))).to(source.weight.device)
         prior = layer.weight.flatten(1).cpu()
@@ -44,11 +51,20 @@ class Refit(LayerMoments):
             return
         self.shift(name, shift)
 
+    def _solve_factors(self, name: str, moments: Moments) -> None:
+        """Set each factor of a normalisation to the least-squares one of its channel, and the bias if it has one."""
+        layer: Any = self.model.get_submodule(name)
+        prior, centre = layer.weight.double().cpu(), self.centred(name)
+        solved = [self.solver(prior[i].view(1, 1), moments.of_group(i), centre) for i in range(len(prior))]
+        layer.weight.copy_(torch.cat([v.flatten() for v, _ in solved]))
+        if centre:
+            self.shift(name, torch.cat([shift for _, shift in solved]))
+
 
 def refit(repair: Refit, layers: Sequence[str], *, on_layer: Callable[[int], None] | None = None) -> dict[str, str]:
     """Refit the named layers in the order given, each on inputs that earlier refits produce; why some were not.
 
-    layers: refittable layers in the order in which the model calls them, each once.
+    layers: refittable layers and normalisations with factors, in the order in which the model calls them, each once.
     """
     skipped = {}
     for done, name in enumerate(layers):

@@ -36,9 +36,12 @@ class Replay:
         self._start = -1
         self._held: list[dict[str, Any]] = [{} for _ in batches]
 
-    @torch.no_grad()
-    def run(self, index: int) -> Any:
-        """The model's outputs on one batch."""
+    def run(self, index: int, *, gradients: bool = False) -> Any:
+        """The model's outputs on one batch. gradients: of the parameters behind the layer, no others asking for any."""
+        with torch.set_grad_enabled(gradients):
+            return self._run(index)
+
+    def _run(self, index: int) -> Any:
         if not self.works:
             return self.data.forward(self.model, self.batches[index])
         held = self._held[index]

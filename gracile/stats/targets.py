@@ -120,7 +120,8 @@ class Targets:
                 chosen = torch.randint(rows, (wanted,), generator=torch.Generator().manual_seed(self._seed + place))
             target.counts.append(rows)
             target.chosen.append(chosen.to(y.device))
-            bias = 0.0 if layer.bias is None else layer.bias
+            bias = getattr(layer, "bias", None)
+            bias = 0.0 if bias is None else bias
             target.outputs.append(rows_at(layer, y, target.chosen[-1]) - bias)
             one_less()
 

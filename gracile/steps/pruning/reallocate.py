@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from gracile.allocate import Level, MeasuredLoss
 from gracile.context import Context
@@ -43,7 +46,8 @@ def reallocate(
 
     keep: the widths that the tables of single cuts give. Each round measures, around the best trial so far, what other
     widths of one group would do, and shares out anew; where the trial that this gives is no better, widths may move
-    half as far. Ends early where they stay. Trials are fitted on TRIAL_EXAMPLES examples, and the units that make up
+    half as far; where the widths shared out were tried before, one group is moved from its own (`_untried`). Ends early
+    where nothing is left to try. Trials are fitted on TRIAL_EXAMPLES examples, and the units that make up
     the widths found are chosen on all.
     """
     allocation, repair = step.allocation, step.repair
@@ -79,13 +83,20 @@ def reallocate(
                 around = measure_around(best, traced, free, allocation, shrink, references, batches, context)
         near = {name: _within(around[name], best, sets[name][0], allocation.reach * shrink) for name in sets}
         fixed = {name: kept for name, kept in best.keep.items() if name not in {g.name for g in free}}
-        try:
-            keep = share_out(near, linear, replace(scored, scores=best.scores), step, context, fixed, latency)
-        except ConfigError:  # no other widths within reach meet the amount
+        share = partial(
+            share_out,
+            allocation=linear,
+            scored=replace(scored, scores=best.scores),
+            step=step,
+            context=context,
+            fixed=fixed,
+            latency=latency,
+        )
+        found = _untried(near, best, sets, share, tried)
+        if found is None:
             break
-        if _widths(keep) == _widths(best.keep):
-            break
-        loss, trial = attempt(keep)
+        tried.append(_widths(found))
+        loss, trial = attempt(found)
         losses.append(loss)
         if loss < least:
             least, best, around = loss, trial, None
@@ -117,9 +128,46 @@ def _starts(
                 yield share_out(some, allocation, scored, step, context, None, latency)
 
 
+def _untried(
+    near: Mapping[str, list[Level]],
+    best: Trial,
+    sets: Mapping[str, list[Group]],
+    share: Callable[[Mapping[str, list[Level]]], Keep],
+    tried: Sequence[Mapping[str, int]],
+) -> Keep | None:
+    """The widths that promise least by these tables; where they were tried, the best with one group moved from its own.
+
+    share: widths that meet the amount by tables; raises ConfigError where there are none. None where nothing is left to
+    try.
+    """
+    with contextlib.suppress(ConfigError):
+        keep = share(near)
+        if _widths(keep) not in tried:
+            return keep
+    found = []
+    for name, members in sets.items():
+        removed = _removed(best.keep, members[0])
+        others = [level for level in near[name] if level.removed != removed]
+        with contextlib.suppress(ConfigError):
+            moved = share({**near, name: others}) if others else best.keep
+            if _widths(moved) not in tried:
+                found.append((sum(_loss_at(near[n], _removed(moved, sets[n][0])) for n in sets), moved))
+    return min(found, key=lambda each: each[0])[1] if found else None
+
+
+def _loss_at(levels: Sequence[Level], removed: int) -> float:
+    """Between two widths of the table, losses are taken to be linear."""
+    ordered = sorted(levels, key=lambda level: level.removed)
+    return float(np.interp(removed, [level.removed for level in ordered], [level.loss for level in ordered]))
+
+
+def _removed(keep: Keep, group: Group) -> int:
+    return group.units - len(keep.get(group.name, range(group.units)))
+
+
 def _within(levels: list[Level], trial: Trial, group: Group, reach: float) -> list[Level]:
     """The levels whose width differs from the trial's by at most this share of the units."""
-    removed = group.units - len(trial.keep.get(group.name, range(group.units)))
+    removed = _removed(trial.keep, group)
     furthest = max(1, round(reach * group.units))
     return [level for level in levels if abs(level.removed - removed) <= furthest]
 

@@ -16,7 +16,9 @@ from gracile.recipe import Recorder
 from gracile.report.model import LayerRow
 from gracile.sharing import own_parameters
 from gracile.solvers import LeastSquares
+from gracile.stats.fit_outputs import fit_last_factors
 from gracile.stats.match import output_error, split_batches
+from gracile.stats.norms import has_factors
 from gracile.stats.refit import Refit, refit, refittable
 from gracile.steps.correct import correct_statistics
 from gracile.steps.pruning.sequence import called_once, targets_of
@@ -87,6 +89,20 @@ def repair_units(
         f"The least-squares refit of {len(layers)} layers {'was kept' if accepted else 'was taken back'}: "
         f"output error on held-out batches {error:.3g} with it, {without:.3g} without."
     )
+    last = called_once(model, traced)[-1:]
+    if accepted and last and last[0] in layers and has_factors(model.get_submodule(last[0])):
+        _fit_last(model, reference.model, last[0], context, recorder)
+
+
+def _fit_last(model: nn.Module, original: nn.Module, name: str, context: Context, recorder: Recorder) -> None:
+    """Fit the factors of the normalisation behind which no layer can be refitted (a tied head) to the outputs."""
+    found = fit_last_factors(model, original, name, context.data)
+    if found is not None:
+        before, after = found
+        recorder.notes.append(
+            f"The factors of {name} were fitted to the outputs: divergence on held-out batches {before:.3g} before it, "
+            f"{after:.3g} behind."
+        )
 
 
 def _vectors(model: nn.Module) -> dict[str, Tensor]:
@@ -147,7 +163,8 @@ def _refit(
         return [], {}
     start = order.index(starts[0])
     later = [name for i, name in enumerate(order) if i >= start or name in reference.absorbed]
-    layers = [n for n in later if refittable(model.get_submodule(n)) and refittable(source.get_submodule(n))]
+    both = {name: (model.get_submodule(name), source.get_submodule(name)) for name in later}
+    layers = [name for name, pair in both.items() if all(map(refittable, pair)) or all(map(has_factors, pair))]
     rows = {n: torch.tensor(edit.keep[f"{n}.weight:0"]) for n in layers if f"{n}.weight:0" in edit.keep}
     targets = targets_of(source, traced, layers, context, absorbed=reference.absorbed)
     repair = Refit(model, targets, solver, kept=rows, norms=dict(traced.batch_norm_pairs()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -80,3 +81,37 @@ def test_where_no_widths_within_reach_meet_the_amount_the_best_start_counts(monk
     found = result(3, to=gc.MACs(0.6))
     kept = {row.name: row.kept for row in found.report.steps[0].layers if row.action == "cut"}
     assert kept in [{name: len(units) for name, units in keep.items()} for keep in given]
+
+
+def test_after_the_widths_shared_out_one_group_is_moved_to_what_promises_least() -> None:
+    """Two groups of ten units, one of which is moved by hand-made tables whose losses are known."""
+    from types import SimpleNamespace
+    from typing import cast
+
+    from gracile.allocate import Level
+    from gracile.graph import Group
+    from gracile.steps.pruning.reallocate import _untried
+    from gracile.steps.pruning.sequence import Trial
+
+    sets = {n: [cast(Group, SimpleNamespace(name=n, units=10))] for n in "ab"}
+    near = {"a": [Level(2, 1.0, 2.0), Level(4, 5.0, 4.0)], "b": [Level(2, 1.0, 2.0), Level(4, 2.0, 4.0)]}
+    best = cast(Trial, SimpleNamespace(keep={"a": list(range(8)), "b": list(range(6))}))  # 2 and 4 of ten removed
+
+    def share(tables: Mapping[str, list[Level]]) -> dict[str, list[int]]:
+        """The least loss that removes six units or more, by trying all."""
+        pairs = [(p.loss + q.loss, p.removed, q.removed) for p in tables["a"] for q in tables["b"]]
+        able = [pair for pair in pairs if pair[1] + pair[2] >= 6]
+        if not able:
+            raise gc.errors.ConfigError("cannot be met")
+        _, a, b = min(able)
+        return {"a": list(range(10 - a)), "b": list(range(10 - b))}
+
+    def removed(keep: dict[str, list[int]] | None) -> tuple[int, int] | None:
+        return None if keep is None else (10 - len(keep["a"]), 10 - len(keep["b"]))
+
+    tried: list[dict[str, int]] = []
+    assert removed(_untried(near, best, sets, share, tried)) == (2, 4)  # 1 + 2, the least
+    tried.append({"a": 8, "b": 6})
+    assert removed(_untried(near, best, sets, share, tried)) == (4, 2)  # 5 + 1, where (4, 4) has 5 + 2
+    tried.append({"a": 6, "b": 8})
+    assert _untried(near, best, sets, share, tried) is None  # (4, 4) is within reach of no one move
