@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--mixup", type=float, default=0.5)
     parser.add_argument("--hints", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--projections", action="store_true", help="of shortcuts, in 8 bits")
+    parser.add_argument("--mid-rise", action="store_true", help="weights on grids that zero lies in the middle of")
     parser.add_argument("--solver", choices=("nearest", "GPTQ"), default="nearest")
     parser.add_argument("--images", type=int, default=1024, help="to calibrate on")
     parser.add_argument("--train", type=int, default=20_000, help="images to train on")
@@ -52,7 +53,10 @@ def main() -> None:
     print(json.dumps({"float": accuracy(model, test, answers), "settings": vars(args)}), flush=True)
     solver = gc.solvers.GPTQ() if args.solver == "GPTQ" else None
     for name in args.schemes:
-        quantize: gc.Step = gc.Quantize(getattr(gc.formats, name), solver=solver)
+        scheme = getattr(gc.formats, name)
+        if args.mid_rise:
+            scheme = replace(scheme, weight=gc.formats.MidRise(scheme.weight.bits))
+        quantize: gc.Step = gc.Quantize(scheme, solver=solver)
         if args.projections:
             quantize = gc.Recipe(replace(quantize, exclude=PROJECTIONS), gc.Quantize(gc.W8A8))
         distill = gc.Distill(

@@ -12,7 +12,7 @@ from gracile.formats.base import Format, Granularity, PerChannel, PerGroup, PerT
 from gracile.formats.codebook import Codebook
 from gracile.formats.fixed_point import FixedPoint
 from gracile.formats.integer import Int
-from gracile.formats.levels import FP4, NF4, Binary, Levels, PowersOfTwo, Ternary
+from gracile.formats.levels import FP4, NF4, Binary, Levels, MidRise, PowersOfTwo, Ternary
 from gracile.formats.micro_float import FP8, MXFP4, NVFP4
 from gracile.formats.presets import W2A2, W2A8, W2A16, W3A3, W3A8, W3A16, W4A4, W4A8, W4A16, W7A8, W8A8, W8A16, Scheme
 
@@ -41,6 +41,7 @@ __all__ = [
     "Granularity",
     "Int",
     "Levels",
+    "MidRise",
     "PerChannel",
     "PerGroup",
     "PerTensor",

@@ -21,8 +21,9 @@ class _WeightOnGrid(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, scale: Tensor, fmt: Int | Levels, encoded: dict[str, Tensor]) -> Tensor:
         if isinstance(fmt, Levels):
             largest = max(abs(level) for level in fmt.levels)
-            decoded = fmt.decode(fmt.encode(weight, scale)).to(weight.dtype)
             rows = to_rows(fmt.granularity, weight.float()) / scale.reshape(-1, 1)
+            values = fmt.nearest(rows) * scale.reshape(-1, 1)
+            decoded = from_rows(fmt.granularity, values, tuple(weight.shape)).to(weight.dtype)
             inside = from_rows(fmt.granularity, rows.abs() <= largest, tuple(weight.shape))
         else:
             decoded, inside = _round(weight, scale, fmt, encoded.get("zero_point"))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from gracile.data import Batch, Data, logits_of
-from gracile.formats import Int, PerChannel
+from gracile.formats import Int, MidRise, PerChannel
 from gracile.modes import eval_mode
 from gracile.nn import QuantizedConv, QuantizedLayer, QuantizedLinear
 
@@ -124,7 +124,7 @@ def _has_gains(module: nn.Module) -> bool:
     if not isinstance(module, (QuantizedLinear, QuantizedConv)) or getattr(module, "transposed", False):
         return False
     weight, given = module.weight_format, module.input_format
-    by_channel = isinstance(weight, Int) and weight.granularity == PerChannel(0)
+    by_channel = isinstance(weight, (Int, MidRise)) and weight.granularity == PerChannel(0)
     return by_channel and min(weight.bits, 8 if given is None else given.bits) < 8
 
 

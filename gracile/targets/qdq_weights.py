@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gracile.formats import Int, PerChannel, PerGroup
+from gracile.formats import Int, MidRise, PerChannel, PerGroup
 from gracile.formats.granularity import to_rows
+from gracile.formats.packing import pack_bits
 from gracile.nn.ops import format_from_json
 from gracile.targets.qdq import Rewriter, array_of, tensor_of
 from gracile.targets.qdq_gather import write_lookups
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def write_weights(rewriter: Rewriter) -> None:
-    """Each `Decode` as DequantizeLinear of integers, or as floats if not `Int`.
+    """Each `Decode` as DequantizeLinear of integers, or as floats if neither `Int` nor `MidRise`.
 
     Integers of up to 4 bits are written as such where inputs stay float and rows have an even number, else in 8 bits.
     A weight that is transposed before use is stored transposed; a fully connected layer with grouped scales becomes
@@ -35,6 +36,8 @@ def write_weights(rewriter: Rewriter) -> None:
         tensors["shape"] = torch.tensor(shape, dtype=torch.int64)
         stem = (node.inputs[0].name or "weight").removesuffix("_codes")  # type: ignore[union-attr]
         out = node.outputs[0]
+        if isinstance(fmt, MidRise):
+            fmt, tensors = _as_integers(fmt, tensors)
         if not isinstance(fmt, Int):
             rewriter.replace(out, rewriter.constant(stem, fmt.decode(tensors).numpy()))
             continue
@@ -43,6 +46,14 @@ def write_weights(rewriter: Rewriter) -> None:
             _write_integers(rewriter, node, fmt, tensors, stem)
         else:
             rewriter.graph.remove(node, safe=True)
+
+
+def _as_integers(fmt: MidRise, tensors: dict[str, torch.Tensor]) -> tuple[Int, dict[str, torch.Tensor]]:
+    """The levels, which are odd integers, as codes of one more bit that the same scales belong to."""
+    codes = fmt.decode({**tensors, "scale": torch.ones_like(tensors["scale"])}).to(torch.int8)
+    integers = Int(fmt.bits + 1, fmt.granularity)
+    packed = codes if integers.bits == 8 else pack_bits(codes, integers.bits)
+    return integers, {**tensors, "codes": packed}
 
 
 def _write_integers(rewriter: Rewriter, node: ir.Node, fmt: Int, tensors: dict[str, torch.Tensor], stem: str) -> None:

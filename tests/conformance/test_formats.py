@@ -24,6 +24,7 @@ from gracile.formats import (
     Format,
     Int,
     Levels,
+    MidRise,
     PerChannel,
     PerGroup,
     PerTensor,
@@ -90,6 +91,10 @@ def of_binary(weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
     return level_gap(Binary(), weight, tensors["scale"].reshape(-1, *[1] * (weight.ndim - 1)))
 
 
+def of_mid_rise(weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    return 2 * tensors["scale"].reshape(-1, *[1] * (weight.ndim - 1)).expand_as(weight).double()
+
+
 def of_mxfp4(weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
     exponent = tensors["exponent"].repeat_interleave(32, dim=1)[:, : weight[0].numel()].reshape(weight.shape)
     return level_gap(FP4(), weight, 2.0 ** (exponent.double() - 127))
@@ -137,6 +142,7 @@ MEMBERS: list[tuple[Format, Step, float]] = [
     (FP4(PerTensor()), of_fp4, 1e30),
     (Ternary(), of_ternary, 1e30),
     (Binary(), of_binary, 1e30),
+    *[(MidRise(bits), of_mid_rise, 1e30) for bits in (2, 3, 7)],
     (FP8(), of_fp8(3, 2.0**-9), 1e30),
     (FP8("e5m2"), of_fp8(2, 2.0**-16), 1e30),
     (MXFP4(), of_mxfp4, 1e30),
@@ -199,7 +205,7 @@ def test_decoded_weights_are_within_half_a_step(fmt: Format, step: Step, limit: 
 @settings(max_examples=25, deadline=None)
 @given(weight=weights())
 def test_zero_stays_exactly_zero(fmt: Format, step: Step, limit: float, weight: Tensor) -> None:
-    if not inside(weight, limit) or isinstance(fmt, Binary):  # which has no zero: pruned layers are refused
+    if not inside(weight, limit) or isinstance(fmt, (Binary, MidRise)):  # without a zero: pruned layers are refused
         return
     decoded = fmt.decode(fmt.encode(weight))
     assert bool((decoded[weight == 0] == 0).all())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gracile.formats import Format, Granularity, Int, Levels, PerGroup, PerTensor
+from gracile.formats.granularity import to_rows
 from gracile.formats.integer import SMALLEST_SCALE
 from gracile.ranges.base import Range
 from gracile.solvers import Grid
@@ -85,6 +86,13 @@ class LevelGrid(_FormatGrid):
 
     def _places(self, x: Tensor, table: Tensor) -> Tensor:
         return torch.bucketize(x.contiguous(), (table[1:] + table[:-1]) / 2)
+
+
+def least_error_scale(fmt: Levels, weight: Tensor) -> Tensor:
+    """Scales of the weight, float32 of `fmt.scale_shape(weight.shape)`: of least squared error of those tried."""
+    rows = to_rows(fmt.granularity, weight.detach().float())
+    scale, _ = LevelGrid(fmt)._fit_rows(rows, torch.ones_like(rows))
+    return scale.reshape(fmt.scale_shape(weight.shape))
 
 
 def grid_of(fmt: Format, ranges: Range) -> Grid | None:

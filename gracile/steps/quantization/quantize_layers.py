@@ -11,16 +11,18 @@ from torch import Tensor, nn
 
 from gracile.context import Context
 from gracile.errors import ConfigError, DataError, NothingChangedError
-from gracile.formats import Format, Int, Levels, PerChannel, Scheme, format_to_config
+from gracile.formats import Format, Int, Levels, MidRise, PerChannel, Scheme, format_to_config
 from gracile.graph import Trace
 from gracile.layer_stats import LayerStats
 from gracile.nn import QuantizedLayer, quantize_layer, quantized_kind, recurrent_kind
+from gracile.ranges import MinMax
 from gracile.ranges.base import Range
 from gracile.recipe import Recorder
 from gracile.report.model import LayerRow
 from gracile.select import Select
 from gracile.sharing import tied_groups
 from gracile.stats.rows import CONVOLUTIONS
+from gracile.steps.quantization.grids import least_error_scale
 from gracile.steps.quantization.tied import why_apart
 from gracile.surgery import Swap, apply
 
@@ -111,6 +113,8 @@ class Encoder:
             )
         if isinstance(fmt, Int):
             return fmt.encode(weight, self.ranges.weight(weight, fmt))
+        if isinstance(fmt, MidRise) and not isinstance(self.ranges, MinMax):
+            return fmt.encode(weight, least_error_scale(fmt, weight))
         try:
             return fmt.encode(weight)
         except ConfigError as error:  # values that the format does not reach
@@ -207,6 +211,6 @@ def has_zeros(weight: Tensor) -> bool:
 def format_for(layer: nn.Module, fmt: Format) -> Format:
     """The scheme's format, with channels along the output axis of a transposed convolution."""
     transposed = isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
-    if transposed and isinstance(fmt, Int) and fmt.granularity == PerChannel(0):
+    if transposed and isinstance(fmt, (Int, MidRise)) and fmt.granularity == PerChannel(0):
         return replace(fmt, granularity=PerChannel(1))
     return fmt
