@@ -118,6 +118,7 @@ def main() -> None:
     parser.add_argument("--layer", action="store_true")
     parser.add_argument("--baselines", action="store_true")
     parser.add_argument("--epochs", type=int, default=0)
+    parser.add_argument("--hints", action="store_true", help="the states behind every block, beside the soft labels")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -150,7 +151,7 @@ def main() -> None:
     if args.epochs:
         start = time.perf_counter()
         distil = gc.Distill(
-            losses=(gc.losses.SoftLabels(temperature=1.0),),
+            losses=(gc.losses.SoftLabels(temperature=1.0), *([gc.losses.Hint()] if args.hints else [])),
             epochs=args.epochs,
             optimizer=gc.steps.AdamW(learning_rate=args.learning_rate, weight_decay=0.0),
         )

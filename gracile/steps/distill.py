@@ -18,6 +18,7 @@ from gracile.recipe import Recorder, Step
 from gracile.report.model import LayerRow, StepRecord
 from gracile.steps.optimizers import SGD, AdamW, default_optimizer
 from gracile.steps.training.hidden_states import HiddenStates, comparable_layers, hint_loss
+from gracile.steps.training.teacher import folded_teacher
 from gracile.steps.training.train import Schedule, train
 from gracile.steps.training.training_data import mix_examples, split_training
 
@@ -106,7 +107,10 @@ class Distill(Step):
         split = split_training(data.train, self.held_out, context.run_generator("held out"))
         recorder.notes.append(split.note)
 
-        hidden = self._hidden_states(model, next(iter(data.train)), context)
+        batch = next(iter(data.train))
+        hidden = self._hidden_states(model, batch, context)
+        watched = {name for states in hidden.values() for name in states.layers}
+        teacher = folded_teacher(context.teacher, lambda net: data.forward(net, batch), watched)
         for states in hidden.values():
             recorder.notes.append(f"Hidden states of {len(states.layers)} modules: {', '.join(states.layers)}.")
 
@@ -116,8 +120,8 @@ class Distill(Step):
             outputs = data.forward(net, batch)
             student = logits_of(outputs).float()
             with torch.no_grad():
-                teacher = logits_of(data.forward(context.teacher, batch)).float()
-            terms = [term(student, teacher) for term in self.losses if not isinstance(term, Hint)]
+                target = logits_of(data.forward(teacher, batch)).float()
+            terms = [term(student, target) for term in self.losses if not isinstance(term, Hint)]
             terms += [hint_loss(hint, states) for hint, states in hidden.items()]
             loss = torch.stack(terms).sum()
             if self.label_weight > 0 and data.loss is not None:
@@ -127,9 +131,9 @@ class Distill(Step):
         schedule = _schedule(self, model, AdamW(1e-3) if hidden else None)
         with ExitStack() as stack:
             for states in hidden.values():
-                stack.enter_context(states.watched(model, context.teacher))
-            stack.enter_context(eval_mode(context.teacher))
-            stack.enter_context(channels_last(context.teacher))
+                stack.enter_context(states.watched(model, teacher))
+            stack.enter_context(eval_mode(teacher))
+            stack.enter_context(channels_last(teacher))
             train(model, objective, split, schedule, context, recorder)
         recorder.layers.append(LayerRow(name="(all)", kind=type(model).__name__, action="trained"))
         return recorder.record()
