@@ -24,7 +24,16 @@ def batches() -> list[Tensor]:
     return [torch.randn(32, 6, generator=generator) for _ in range(4)]
 
 
-def test_a_layer_alone_in_few_bits_is_what_is_measured() -> None:
+def outputs(model: nn.Module, name: str, x: Tensor) -> Tensor:
+    """What one layer gives."""
+    found: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_hook(lambda _m, _a, y: found.append(y))
+    model(x)
+    handle.remove()
+    return found[0]
+
+
+def test_a_layer_alone_in_few_bits_and_corrected_is_what_is_measured() -> None:
     model, data = net(), gc.Data(calibration=batches())
     before = copy.deepcopy(model.state_dict())
     found = measure_sensitivity(model, data, (gc.Int(8), gc.Int(2)))
@@ -41,7 +50,12 @@ def test_a_layer_alone_in_few_bits_is_what_is_measured() -> None:
             for fmt, loss in zip((gc.Int(8), gc.Int(2)), row.losses):
                 other = copy.deepcopy(model)
                 layer = other.get_submodule(row.name)
+                rows = outputs(other, row.name, x)
                 layer.weight.data = fmt.decode(fmt.encode(layer.weight, gc.ranges.MSE().weight(layer.weight, fmt)))
+                now = outputs(other, row.name, x)
+                gain = rows.std(0) / now.std(0) if fmt.bits < 8 else torch.ones(len(layer.bias))
+                layer.weight.data *= gain[:, None]
+                layer.bias.data = gain * (layer.bias - now.mean(0)) + rows.mean(0)
                 by_hand = F.kl_div(other(x).log_softmax(1), expected, log_target=True, reduction="batchmean")
                 assert loss == pytest.approx(float(by_hand), rel=1e-3, abs=1e-7)
             assert row.losses[1] > 10 * row.losses[0]

@@ -101,7 +101,7 @@ def _correctable(model: nn.Module, original: nn.Module, biases: bool) -> list[st
     return [
         name
         for name, module in model.named_modules()
-        if name in others and (_is_tracking_norm(module, others[name]) or (biases and _has_biased_channels(module)))
+        if name in others and (_is_tracking_norm(module, others[name]) or (biases and has_biased_channels(module)))
     ]
 
 
@@ -116,11 +116,11 @@ def layers_of_few_bits(model: nn.Module, original: nn.Module) -> list[str]:
     return [
         name
         for name, m in found.items()
-        if name in others and _has_biased_channels(m) and _has_gains(m) and holders[id(m.weight_scale)] == 1
+        if name in others and has_biased_channels(m) and has_gains(m) and holders[id(m.weight_scale)] == 1
     ]
 
 
-def _has_gains(module: nn.Module) -> bool:
+def has_gains(module: nn.Module) -> bool:
     if not isinstance(module, (QuantizedLinear, QuantizedConv)) or getattr(module, "transposed", False):
         return False
     weight, given = module.weight_format, module.input_format
@@ -132,14 +132,14 @@ def _is_tracking_norm(module: nn.Module, other: nn.Module) -> bool:
     return isinstance(module, BATCH_NORMS) and isinstance(other, BATCH_NORMS) and module.running_mean is not None
 
 
-def _has_biased_channels(module: nn.Module) -> bool:
+def has_biased_channels(module: nn.Module) -> bool:
     """Linear and convolution layers with a bias for each output, quantized ones too; what is only named so is not."""
     return isinstance(module, (nn.Linear, _ConvNd, QuantizedLinear, QuantizedConv)) and isinstance(module.bias, Tensor)
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
     keys = ["running_mean", "running_var"] if isinstance(module, BATCH_NORMS) else ["bias"]
-    keys += ["weight_scale"] if _has_gains(module) else []
+    keys += ["weight_scale"] if has_gains(module) else []
     return {key: getattr(module, key).detach().clone() for key in keys}
 
 
@@ -199,7 +199,7 @@ class _Matcher:
     def _reference_output(self, name: str) -> Callable[..., None]:
         def hook(module: Any, args: Any, output: Any) -> None:
             if isinstance(output, Tensor):  # a layer's subclass may return more than its product
-                self._remember(name, _rows(module, output))
+                self._remember(name, channel_rows(module, output))
 
         return hook
 
@@ -226,14 +226,14 @@ class _Matcher:
             mean0, variance0 = self.moments[name].pop(0)
             view = [1] * output.ndim
             view[1 if _channel_first(module) else -1] = -1
-            rows = _rows(module, output).double()
+            rows = channel_rows(module, output).double()
             if not self.gains:
                 shift = mean0 - rows.mean(0)
                 self._accumulate(name, [shift])
                 return output + shift.to(output.dtype).view(view)
             variance, mean = torch.var_mean(rows, dim=0, correction=0)
             self._accumulate(name, [mean, variance, mean0, variance0])
-            gain = _gain(variance, variance0)
+            gain = gain_to(variance, variance0)
             return output * gain.to(output.dtype).view(view) + (mean0 - gain * mean).to(output.dtype).view(view)
 
         return hook
@@ -258,14 +258,14 @@ class _Matcher:
                     module.running_var.copy_(averages[1])
                 elif self.gains:
                     mean, variance, mean0, variance0 = averages
-                    gain = _gain(variance, variance0)
+                    gain = gain_to(variance, variance0)
                     module.weight_scale.mul_(gain.to(module.weight_scale.dtype).view(module.weight_scale.shape))
                     module.bias.copy_(gain * (module.bias.double() - mean) + mean0)
                 else:
                     module.bias.add_(averages[0].to(module.bias.dtype))
 
 
-def _gain(variance: Tensor, wanted: Tensor) -> Tensor:
+def gain_to(variance: Tensor, wanted: Tensor) -> Tensor:
     """By what a channel is to be multiplied; 1 where it is constant in either model."""
     gain = (wanted / variance.clamp_min(FLOOR)).sqrt().clamp(1 / MOST, MOST)
     return torch.where((variance > FLOOR) & (wanted > FLOOR), gain, torch.ones_like(gain))
@@ -275,7 +275,7 @@ def _channel_first(module: nn.Module) -> bool:
     return "Conv" in type(module).__name__
 
 
-def _rows(module: nn.Module, output: Tensor) -> Tensor:
+def channel_rows(module: nn.Module, output: Tensor) -> Tensor:
     if _channel_first(module) and output.ndim > 2:
         return output.movedim(1, -1).flatten(0, -2)
     return output.reshape(-1, output.shape[-1])

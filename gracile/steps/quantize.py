@@ -25,6 +25,7 @@ from gracile.steps.correct import copy_model, correct_statistics
 from gracile.steps.quantization.equalize_layers import equalize_layers
 from gracile.steps.quantization.fold import fold_batch_norms
 from gracile.steps.quantization.mixed_precision import choose_schemes, measure_losses
+from gracile.steps.quantization.prepared import Prepared
 from gracile.steps.quantization.quantize_layers import Encoder, layers_with_output_grids, quantizable
 from gracile.steps.quantization.quantize_recurrent import check_recurrent, quantize_recurrent
 from gracile.steps.quantization.reconstruct_blocks import reconstruct_blocks, record_reconstruction
@@ -165,7 +166,9 @@ class Quantize(Step):
         encoder, traced, layers = ready.encoder, ready.traced, ready.layers
         chosen = {name: found[0] for name, found in ready.schemes.items()}
         if self.to is not None and traced is not None:
-            chosen = choose_schemes(model, traced, ready.schemes, self.to, encoder, self.solver, context, recorder)
+            chosen = choose_schemes(
+                model, traced, ready.schemes, self.to, encoder, self.solver, context, recorder, correct=self.correct
+            )
         for name in layers:
             encoder.swap(model, name, chosen[name], recorder)
         tie(model, ready.tied, recorder)
@@ -184,9 +187,11 @@ class Quantize(Step):
         self.check(model, context)
         ready = self._prepare(model, context, Recorder(self))
         assert ready.traced is not None, "a budget is needed to choose"
-        return measure_losses(model, ready.traced, ready.schemes, ready.encoder, self.solver, context)
+        return measure_losses(
+            model, ready.traced, ready.schemes, ready.encoder, self.solver, context, correct=self.correct
+        )
 
-    def _prepare(self, model: nn.Module, context: Context, recorder: Recorder) -> _Prepared:
+    def _prepare(self, model: nn.Module, context: Context, recorder: Recorder) -> Prepared:
         """Fold, equalize and measure; all that comes before the first layer is quantized."""
         layers, recurrent = self._quantizable(model, context, recorder)
         check_recurrent(model, recurrent, self._options[0].weight)
@@ -216,7 +221,7 @@ class Quantize(Step):
         if not layers and not recurrent:
             raise NothingChangedError("Quantize: no layer was quantized.\n  The report's skipped rows say why.")
         schemes = {name: schemes[name] for name in layers}
-        return _Prepared(layers, recurrent, tied, schemes, encoder, traced, reference)
+        return Prepared(layers, recurrent, tied, schemes, encoder, traced, reference)
 
     def _quantizable(self, model: nn.Module, context: Context, recorder: Recorder) -> tuple[list[str], list[str]]:
         """The layers to quantize, and the recurrent ones. Those, as tied ones, have one format and no choice of it."""
@@ -323,22 +328,6 @@ class Quantize(Step):
             on_batch=lambda n: context.progress("calibrate", n, None),
         )
         return Encoder(self.ranges, stats, layers_with_output_grids(model, layers, traced), smoothing)
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A model about to be quantized: its layers, those of them with one weight, schemes, and what was seen of it.
-
-    reference: the float model that the result is compared with, or None. traced: None where nothing needs it.
-    """
-
-    layers: list[str]
-    recurrent: list[str]
-    tied: list[list[str]]
-    schemes: dict[str, tuple[Scheme, ...]]
-    encoder: Encoder
-    traced: Trace | None
-    reference: nn.Module | None
 
 
 def _traced(model: nn.Module, context: Context) -> Trace:

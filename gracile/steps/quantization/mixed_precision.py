@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from gracile.context import Context
-from gracile.errors import ConfigError, DataError
+from gracile.errors import ConfigError
 from gracile.evaluate.size import state_bytes
 from gracile.formats import Scheme
 from gracile.goal import Bytes
@@ -18,19 +17,11 @@ from gracile.knapsack import choose_options
 from gracile.modes import eval_mode
 from gracile.recipe import Recorder
 from gracile.solvers import RoundingSolver
-from gracile.stats.match import divergence
-from gracile.stats.moments import CannotRefitError, LayerMoments
-from gracile.stats.replay import Replay
-from gracile.steps.correct import copy_model
-from gracile.steps.pruning.blocks import put_module
-from gracile.steps.pruning.sequence import targets_of
-from gracile.steps.pruning.tables import outputs_of, some_batches
-from gracile.steps.quantization.grids import grid_of
+from gracile.steps.quantization.format_trial import FormatTrial
 from gracile.steps.quantization.quantize_layers import Encoder, format_for
-from gracile.steps.quantization.round_layers import round_layer, solvable
 
-#: Calibration examples that each layer's options are judged on.
-EXAMPLES = 256
+#: So often the choice is made anew from what each layer's neighbouring options do where the others are as chosen.
+ROUNDS = 3
 
 
 def choose_schemes(
@@ -42,12 +33,16 @@ def choose_schemes(
     solver: RoundingSolver | None,
     context: Context,
     recorder: Recorder,
+    *,
+    correct: bool,
 ) -> dict[str, Scheme]:
-    """argmin Σ loss of the layers' schemes subject to the bytes of the model, one scheme of each layer.
+    """argmin of the divergence of the outputs over one scheme of each layer, subject to the bytes of the model.
 
-    The loss of a scheme is the divergence of the model's outputs from the original's with that layer alone quantized,
-    by the solver where there is one, measured on calibration batches. Bytes are those of the model's tensors as stored.
-    Raises ConfigError where no choice fits, with the least that can be reached.
+    First by the sum of what each layer's schemes do alone, a knapsack. Then, up to ROUNDS times, by what each layer's
+    next smaller and next larger schemes do where all others are as chosen: a knapsack again, whose choice is kept if
+    the model of it diverges less. By the solver where there is one, and corrected as the step corrects (`FormatTrial`).
+    Bytes are those of the model's tensors as stored. Raises ConfigError where no choice fits, with the least that can
+    be reached.
 
     model: the float model, which is left as it is. traced: of it.
     """
@@ -63,12 +58,15 @@ def choose_schemes(
             f"Quantize(to={budget}): cannot be met; the nearest that these options reach is {least:g} of {original:g} "
             f"bytes ({least / original:.3f}).\n  Ask for at least that, or add an option of fewer bits."
         )
-    losses = measure_losses(model, traced, options, encoder, solver, context)
-    items = [list(zip(losses[name], saved[name], strict=True)) for name in options]
-    chosen = choose_options(items, whole - limit)
-    recorder.numbers["predicted_loss"] = sum(item[i][0] for item, i in zip(items, chosen))
-    recorder.numbers["bytes"] = whole - sum(item[i][1] for item, i in zip(items, chosen))
-    found = {name: schemes[i] for (name, schemes), i in zip(options.items(), chosen)}
+    trial = FormatTrial(model, traced, list(options), encoder, solver, context, correct)
+    with eval_mode(model):
+        losses = _single_losses(trial, options, context)
+        items = [list(zip(losses[name], saved[name], strict=True)) for name in options]
+        chosen = dict(zip(options, choose_options(items, whole - limit)))
+        recorder.numbers["predicted_loss"] = sum(losses[name][i] for name, i in chosen.items())
+        chosen = _refine(trial, options, saved, chosen, whole - limit, context, recorder)
+    recorder.numbers["bytes"] = whole - sum(saved[name][i] for name, i in chosen.items())
+    found = {name: options[name][i] for name, i in chosen.items()}
     names = dict.fromkeys(scheme.name for schemes in options.values() for scheme in schemes)
     counts = {name: sum(scheme.name == name for scheme in found.values()) for name in names}
     shares = ", ".join(f"{count} layers in {name}" for name, count in counts.items())
@@ -83,40 +81,75 @@ def measure_losses(
     encoder: Encoder,
     solver: RoundingSolver | None,
     context: Context,
+    *,
+    correct: bool,
 ) -> dict[str, list[float]]:
     """Layer -> the divergence of the outputs by each of its schemes, all other layers as they are."""
-    batches = some_batches(context.data, EXAMPLES)
-    trial = copy_model(model).eval()
-    expected = outputs_of(trial, context.data, batches)
-    place = {layer.name: i for i, layer in enumerate(traced.layers)}
-    order = sorted(options, key=lambda name: place.get(name, len(place)))
-    solved = solvable(model, traced, order) if solver is not None else {}
-    names = [name for name in order if solved.get(name, "") is None]
-    moments = LayerMoments(trial, targets_of(model, traced, names, context), norms=dict(traced.batch_norm_pairs()))
-    replay = Replay(trial, context.data, batches)
-    losses: dict[str, list[float]] = {}
     with eval_mode(model):
-        for done, name in enumerate(order):
-            old = trial.get_submodule(name)
-            losses[name] = []
-            for scheme in options[name]:
-                layer, _ = encoder.build(name, old, scheme, encoder.encode(name, old, scheme))
-                put_module(trial, name, layer.eval())
-                if solver is not None and name in names and grid_of(layer.weight_format, encoder.ranges) is not None:
-                    try:
-                        round_layer(moments, name, encoder.weight(name, old), solver, encoder.ranges)
-                    except CannotRefitError:
-                        names.remove(name)
-                replay.seek(name)
-                losses[name].append(divergence(replay.outputs(), expected))
-                if not math.isfinite(losses[name][-1]):
-                    raise DataError(f"Quantize: the outputs are NaN or infinite with '{name}' in {scheme.name}.")
-            put_module(trial, name, old)
-            if name in moments.norms:  # which may have taken up what a layer without a bias could not
-                norm = trial.get_submodule(moments.norms[name])
-                norm.load_state_dict(model.get_submodule(moments.norms[name]).state_dict())
-            context.progress("sensitivity", done + 1, len(order))
+        trial = FormatTrial(model, traced, list(options), encoder, solver, context, correct)
+        return _single_losses(trial, options, context)
+
+
+def _single_losses(
+    trial: FormatTrial, options: Mapping[str, Sequence[Scheme]], context: Context
+) -> dict[str, list[float]]:
+    losses: dict[str, list[float]] = {}
+    for done, name in enumerate(trial.order):
+        held = trial.held(name)
+        losses[name] = [trial.loss(name, scheme) for scheme in options[name]]
+        trial.put_back(name, held)
+        context.progress("sensitivity", done + 1, len(trial.order))
     return losses
+
+
+def _refine(
+    trial: FormatTrial,
+    options: Mapping[str, Sequence[Scheme]],
+    saved: Mapping[str, Sequence[float]],
+    chosen: dict[str, int],
+    amount: float,
+    context: Context,
+    recorder: Recorder,
+) -> dict[str, int]:
+    """The choice after rounds of what neighbouring options of each layer do beside all others as chosen."""
+    if not ROUNDS:
+        return chosen
+    present = _divergence_of(trial, options, chosen)
+    told = [present]
+    for _ in range(ROUNDS):
+        items = []
+        for done, name in enumerate(trial.order):
+            held, near = trial.held(name), _neighbours(saved[name], chosen[name])
+            losses = {i: present if i == chosen[name] else trial.loss(name, options[name][i]) for i in near}
+            trial.put_back(name, held)
+            items.append([(losses[i] - present, saved[name][i], i) for i in near])
+            context.progress("neighbouring formats", done + 1, len(trial.order))
+        picked = choose_options([[(loss, gain) for loss, gain, _ in item] for item in items], amount)
+        other = {name: item[k][2] for name, item, k in zip(trial.order, items, picked)}
+        if other == chosen:
+            break
+        found = _divergence_of(trial, options, other)
+        told.append(found)
+        if found >= present:
+            break
+        chosen, present = other, found
+    shown = ", ".join(f"{loss:.3g}" for loss in told)
+    recorder.notes.append(f"Divergence of the outputs with all layers in their formats, by round: {shown}.")
+    return chosen
+
+
+def _divergence_of(trial: FormatTrial, options: Mapping[str, Sequence[Scheme]], chosen: Mapping[str, int]) -> float:
+    """Of the trial with all layers in their formats, in which they stay."""
+    for name in trial.order:
+        trial.put(name, options[name][chosen[name]])
+    return trial.divergence()
+
+
+def _neighbours(saved: Sequence[float], index: int) -> list[int]:
+    """The option itself, and those that save the next more and the next less."""
+    order = sorted(range(len(saved)), key=saved.__getitem__)
+    place = order.index(index)
+    return order[max(place - 1, 0) : place + 2]
 
 
 def _bytes_saved(name: str, layer: nn.Module, scheme: Scheme, encoder: Encoder) -> float:

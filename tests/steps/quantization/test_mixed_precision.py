@@ -21,6 +21,7 @@ from gracile.solvers import GPTQ
 from gracile.stats.match import divergence
 from gracile.steps import Quantize
 from gracile.steps.pruning.tables import outputs_of
+from gracile.steps.quantization import mixed_precision as module
 
 
 class Net(nn.Module):
@@ -60,7 +61,8 @@ def bits_of(model: nn.Module) -> dict[str, int]:
     return {name: m.weight_format.bits for name, m in model.named_modules() if hasattr(m, "weight_format")}
 
 
-def test_no_other_choice_within_the_bytes_has_a_smaller_sum_of_measured_losses() -> None:
+def test_no_other_choice_within_the_bytes_has_a_smaller_sum_of_measured_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROUNDS", 0)
     model = net()
     whole = state_bytes(model)
     record = Quantize(to=Bytes(0.2), options=OPTIONS, correct=False)(model, context(model))
@@ -152,3 +154,39 @@ def test_budgets_that_cannot_be_are_explained() -> None:
     model = net()
     with pytest.raises(DataError, match="chooses formats by what they do"):
         Quantize(to=Bytes(0.5), options=OPTIONS)(model, Context(Data(), model, model))
+
+
+def deep() -> nn.Module:
+    torch.manual_seed(5)
+    layers = [m for i in range(6) for m in (nn.Linear(16 if i == 0 else 24, 24), nn.ReLU())]
+    net = nn.Sequential(*layers, nn.Linear(24, 4)).eval()
+    for i in range(0, 13, 2):
+        nn.init.kaiming_normal_(net[i].weight, nonlinearity="relu")  # type: ignore[arg-type]
+    return net
+
+
+def test_rounds_end_nearer_to_the_original_than_the_sum_of_single_losses_and_within_the_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whole models of each choice, compared on the examples that choices are judged by."""
+    divergences, told = {}, []
+    for rounds in (0, 3):
+        monkeypatch.setattr(module, "ROUNDS", rounds)
+        model = deep()
+        options = tuple(Int(bits) for bits in (2, 3, 4, 5, 6, 8))
+        record = Quantize(to=Bytes(0.15), options=options)(model, context(model))
+        assert state_bytes(model) <= 0.15 * state_bytes(deep())
+        batches = list(data().calibration_batches)
+        divergences[rounds] = divergence(outputs_of(model, data(), batches), outputs_of(deep(), data(), batches))
+        told += [note for note in record.notes if "with all layers in their formats" in note]
+    assert len(told) == 1
+    losses = [float(value) for value in told[0].rpartition(": ")[2].rstrip(".").split(", ")]
+    assert 2 <= len(losses) <= 4 and losses[:-1] == sorted(losses[:-1], reverse=True)
+    assert divergences[3] < divergences[0]
+
+
+def test_neighbours_are_the_next_by_what_they_save() -> None:
+    saved = [3.0, 1.0, 2.0, 4.0]
+    assert module._neighbours(saved, 0) == [2, 0, 3]
+    assert module._neighbours(saved, 1) == [1, 2]
+    assert module._neighbours(saved, 3) == [0, 3]

@@ -1,0 +1,121 @@
+"""Layers of a copy put into formats one by one, to see what that does to the outputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from gracile.context import Context
+from gracile.errors import DataError
+from gracile.formats import Scheme
+from gracile.graph import Trace
+from gracile.solvers import RoundingSolver
+from gracile.stats.match import divergence
+from gracile.stats.match_layer import match_layer, output_moments
+from gracile.stats.moments import CannotRefitError, LayerMoments
+from gracile.stats.replay import Replay
+from gracile.steps.correct import copy_model
+from gracile.steps.pruning.blocks import put_module
+from gracile.steps.pruning.sequence import called_once, targets_of
+from gracile.steps.pruning.tables import outputs_of, some_batches
+from gracile.steps.quantization.grids import grid_of
+from gracile.steps.quantization.quantize_layers import Encoder
+from gracile.steps.quantization.round_layers import round_layer, solvable
+
+#: Calibration examples that formats are judged on.
+EXAMPLES = 256
+
+#: A layer of the trial, and the state of the batch norm behind it that takes up what a layer without a bias cannot.
+Held = tuple[nn.Module, dict[str, Any] | None]
+
+
+class FormatTrial:
+    """A copy of the model whose layers take formats, each rounded and corrected as it stands there.
+
+    A layer is put into a format by the solver where there is one, on the inputs that it gets by then, and its bias and
+    scales are matched to the float layer's output if the step corrects. Layers are put in the order of the forward.
+    Of the trial's outputs counts how far they diverge from the model's.
+
+    order: names of the layers, in the order in which the model calls them. model: stays as it is, in eval mode.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        traced: Trace,
+        names: Sequence[str],
+        encoder: Encoder,
+        solver: RoundingSolver | None,
+        context: Context,
+        correct: bool,
+    ) -> None:
+        place = {layer.name: i for i, layer in enumerate(traced.layers)}
+        self.order = sorted(names, key=lambda name: place.get(name, len(place)))
+        self.encoder, self.solver = encoder, solver
+        self.model = copy_model(model).eval()
+        self.batches = some_batches(context.data, EXAMPLES)
+        self.data = context.data
+        self._expected = outputs_of(self.model, context.data, self.batches)
+        self._floats = {name: self.model.get_submodule(name) for name in self.order}
+        solved = solvable(model, traced, self.order) if solver is not None else {}
+        self._solved = [name for name in self.order if solved.get(name, "") is None]
+        norms = dict(traced.batch_norm_pairs())
+        self._moments = LayerMoments(self.model, targets_of(model, traced, self._solved, context), norms=norms)
+        self._replay = Replay(self.model, context.data, self.batches)
+        runs = [lambda net, batch=batch: context.data.forward(net, batch) for batch in self.batches]
+        matched = set(called_once(model, traced)) & set(self.order) if correct else ()
+        self._wanted = output_moments(self.model, matched, runs)
+
+    def loss(self, name: str, scheme: Scheme) -> float:
+        """The divergence of the outputs with the layer in this scheme, in which it stays.
+
+        Raises DataError where they are NaN or infinite.
+        """
+        self.put(name, scheme)
+        found = self.divergence()
+        if not math.isfinite(found):
+            raise DataError(f"Quantize: the outputs are NaN or infinite with '{name}' in {scheme.name}.")
+        return found
+
+    def put(self, name: str, scheme: Scheme) -> None:
+        """Give the layer this format."""
+        old = self._floats[name]
+        layer, _ = self.encoder.build(name, old, scheme, self.encoder.encode(name, old, scheme))
+        put_module(self.model, name, layer.eval())
+        if self.solver is not None and name in self._solved:
+            self._round(name, self.solver)
+        self._replay.seek(name)
+        if name in self._wanted:
+            runs = [lambda _net, i=i: self._replay.run(i) for i in range(len(self.batches))]
+            present = output_moments(self.model, [name], runs, stop=True)
+            if name in present:
+                match_layer(layer, present[name], self._wanted[name])
+
+    def divergence(self) -> float:
+        """Of the outputs now, all layers before the one put last being as they were then."""
+        return divergence(self._replay.outputs(), self._expected)
+
+    def held(self, name: str) -> Held:
+        """The layer as it is now, for `put_back`."""
+        norm = self._moments.norms.get(name)
+        state = None if norm is None else self.model.get_submodule(norm).state_dict()
+        return self.model.get_submodule(name), state and {key: value.clone() for key, value in state.items()}
+
+    def put_back(self, name: str, held: Held) -> None:
+        """Give the place of the layer back to what `held` gave."""
+        layer, state = held
+        put_module(self.model, name, layer)
+        if state is not None:
+            self.model.get_submodule(self._moments.norms[name]).load_state_dict(state)
+
+    def _round(self, name: str, solver: RoundingSolver) -> None:
+        layer: Any = self.model.get_submodule(name)
+        if grid_of(layer.weight_format, self.encoder.ranges) is None:
+            return
+        try:
+            round_layer(self._moments, name, self.encoder.weight(name, self._floats[name]), solver, self.encoder.ranges)
+        except CannotRefitError:
+            self._solved.remove(name)

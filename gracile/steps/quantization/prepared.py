@@ -1,0 +1,27 @@
+"""What is known of a model when the first of its layers is about to be quantized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from gracile.formats import Scheme
+from gracile.graph import Trace
+from gracile.steps.quantization.quantize_layers import Encoder
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model about to be quantized: its layers, those of them with one weight, schemes, and what was seen of it.
+
+    reference: the float model that the result is compared with, or None. traced: None where nothing needs it.
+    """
+
+    layers: list[str]
+    recurrent: list[str]
+    tied: list[list[str]]
+    schemes: dict[str, tuple[Scheme, ...]]
+    encoder: Encoder
+    traced: Trace | None
+    reference: nn.Module | None
