@@ -89,9 +89,9 @@ def repair_units(
         f"The least-squares refit of {len(layers)} layers {'was kept' if accepted else 'was taken back'}: "
         f"output error on held-out batches {error:.3g} with it, {without:.3g} without."
     )
-    last = called_once(model, traced)[-1:]
-    if accepted and last and last[0] in layers and has_factors(model.get_submodule(last[0])):
-        _fit_last(model, reference.model, last[0], context, recorder)
+    last = layers[-1] if layers else None
+    if accepted and last is not None and has_factors(model.get_submodule(last)):
+        _fit_last(model, reference.model, last, context, recorder)
 
 
 def _fit_last(model: nn.Module, original: nn.Module, name: str, context: Context, recorder: Recorder) -> None:
@@ -163,14 +163,19 @@ def _refit(
         return [], {}
     start = order.index(starts[0])
     later = [name for i, name in enumerate(order) if i >= start or name in reference.absorbed]
-    both = {name: (model.get_submodule(name), source.get_submodule(name)) for name in later}
-    layers = [name for name, pair in both.items() if all(map(refittable, pair)) or all(map(has_factors, pair))]
+    # A norm whose output layers read that are refitted to it anyway gains nothing, and sums with it lose.
+    kinds = {name: refittable if name != order[-1] else _refittable_last for name in later}
+    layers = [n for n, able in kinds.items() if able(model.get_submodule(n)) and able(source.get_submodule(n))]
     rows = {n: torch.tensor(edit.keep[f"{n}.weight:0"]) for n in layers if f"{n}.weight:0" in edit.keep}
     targets = targets_of(source, traced, layers, context, absorbed=reference.absorbed)
     repair = Refit(model, targets, solver, kept=rows, norms=dict(traced.batch_norm_pairs()))
     with eval_mode(model, source):
         skipped = refit(repair, layers, on_layer=lambda n: context.progress("refit", n, len(layers)))
     return [name for name in layers if name not in skipped], skipped
+
+
+def _refittable_last(module: nn.Module) -> bool:
+    return refittable(module) or has_factors(module)
 
 
 def kept_outputs(edit: Resize) -> dict[str, Tensor]:

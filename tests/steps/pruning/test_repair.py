@@ -122,3 +122,31 @@ def test_a_weight_that_an_embedding_shares_is_not_refitted(criterion: Any) -> No
     assert torch.equal(result.model.embed.weight, model.embed.weight)  # type: ignore[union-attr,arg-type]
     rows = {row.name for row in result.report.steps[0].layers if row.action == "refitted"}
     assert rows == {"down"}
+
+
+class Normed(Tied):
+    """With a norm within, which layers read, and one that the tied classifier alone reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.within, self.last = nn.LayerNorm(6), nn.LayerNorm(6)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        out: Tensor = self.head(self.last(x + self.down(torch.relu(self.up(self.within(x))))).mean(1))
+        return out
+
+
+def test_the_norm_in_front_of_a_tied_head_is_refitted_and_fitted_to_the_outputs_and_no_other() -> None:
+    torch.manual_seed(0)
+    model = Normed().eval()
+    generator = torch.Generator().manual_seed(1)
+    data = gc.Data(calibration=[torch.randint(0, 9, (64, 5), generator=generator) for _ in range(8)])
+    step = gc.Prune(0.5, pattern=gc.Channels(), repair=LeastSquares(), exclude=("embed",))
+    result = gc.compress(model, step, data)
+    record = result.report.steps[0]
+    assert {row.name for row in record.layers if row.action == "refitted"} == {"down", "last"}
+    assert torch.equal(result.model.within.weight, model.within.weight)  # type: ignore[union-attr,arg-type]
+    (told,) = [note for note in record.notes if "fitted to the outputs" in note]
+    before, after = (float(part.split()[0]) for part in told.split("batches ")[1].split("it, "))
+    assert after <= before
