@@ -19,8 +19,8 @@ from gracile.steps.plan import on_a_copy
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """losses: the divergence of the outputs for each scheme with only this layer in it, in nats where outputs are
-    classes, else as a share of their squares."""
+    """losses: ‖y − y₀‖² / ‖y₀‖² of the outputs for each scheme with only this layer in it, of scores of classes less
+    their mean."""
 
     name: str
     kind: str

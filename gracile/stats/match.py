@@ -292,5 +292,11 @@ def divergence(outputs: list[Tensor], references: list[Tensor]) -> float:
         total = sum(float((log_p.exp() * (log_p - log_q)).sum()) for log_q, log_p in logs)
         mean = total / sum(len(y0) for _, y0 in pairs)
         return 0.0 if mean < 0 else mean  # rounding leaves -1e-17 of equal outputs; NaN stays
+    return relative_error(outputs, references)
+
+
+def relative_error(outputs: list[Tensor], references: list[Tensor]) -> float:
+    """‖y − y₀‖² / ‖y₀‖² over all batches; ‖y‖² where the references are zero."""
+    pairs = [(y.double(), y0.double()) for y, y0 in zip(outputs, references, strict=True)]
     scale = sum(float(y0.square().sum()) for _, y0 in pairs)
     return sum(float((y - y0).square().sum()) for y, y0 in pairs) / (scale if scale > 0 else 1.0)

@@ -36,11 +36,11 @@ def choose_schemes(
     *,
     correct: bool,
 ) -> dict[str, Scheme]:
-    """argmin of the divergence of the outputs over one scheme of each layer, subject to the bytes of the model.
+    """argmin of the outputs' error over one scheme of each layer, subject to the bytes of the model.
 
     First by the sum of what each layer's schemes do alone, a knapsack. Then, up to ROUNDS times, by what each layer's
     next smaller and next larger schemes do where all others are as chosen: a knapsack again, whose choice is kept if
-    the model of it diverges less. By the solver where there is one, and corrected as the step corrects (`FormatTrial`).
+    the model of it has less. By the solver where there is one, and corrected as the step corrects (`FormatTrial`).
     Bytes are those of the model's tensors as stored. Raises ConfigError where no choice fits, with the least that can
     be reached.
 
@@ -70,7 +70,7 @@ def choose_schemes(
     names = dict.fromkeys(scheme.name for schemes in options.values() for scheme in schemes)
     counts = {name: sum(scheme.name == name for scheme in found.values()) for name in names}
     shares = ", ".join(f"{count} layers in {name}" for name, count in counts.items())
-    recorder.notes.append(f"Mixed precision for {budget}: {shares}; chosen by the measured divergence of the outputs.")
+    recorder.notes.append(f"Mixed precision for {budget}: {shares}; chosen by the measured error of the outputs.")
     return found
 
 
@@ -84,7 +84,7 @@ def measure_losses(
     *,
     correct: bool,
 ) -> dict[str, list[float]]:
-    """Layer -> the divergence of the outputs by each of its schemes, all other layers as they are."""
+    """Layer -> the error of the outputs (`FormatTrial`) by each of its schemes, all other layers as they are."""
     with eval_mode(model):
         trial = FormatTrial(model, traced, list(options), encoder, solver, context, correct)
         return _single_losses(trial, options, context)
@@ -114,7 +114,7 @@ def _refine(
     """The choice after rounds of what neighbouring options of each layer do beside all others as chosen."""
     if not ROUNDS:
         return chosen
-    present = _divergence_of(trial, options, chosen)
+    present = _error_of(trial, options, chosen)
     told = [present]
     for _ in range(ROUNDS):
         items = []
@@ -128,21 +128,21 @@ def _refine(
         other = {name: item[k][2] for name, item, k in zip(trial.order, items, picked)}
         if other == chosen:
             break
-        found = _divergence_of(trial, options, other)
+        found = _error_of(trial, options, other)
         told.append(found)
         if found >= present:
             break
         chosen, present = other, found
     shown = ", ".join(f"{loss:.3g}" for loss in told)
-    recorder.notes.append(f"Divergence of the outputs with all layers in their formats, by round: {shown}.")
+    recorder.notes.append(f"Error of the outputs with all layers in their formats, by round: {shown}.")
     return chosen
 
 
-def _divergence_of(trial: FormatTrial, options: Mapping[str, Sequence[Scheme]], chosen: Mapping[str, int]) -> float:
+def _error_of(trial: FormatTrial, options: Mapping[str, Sequence[Scheme]], chosen: Mapping[str, int]) -> float:
     """Of the trial with all layers in their formats, in which they stay."""
     for name in trial.order:
         trial.put(name, options[name][chosen[name]])
-    return trial.divergence()
+    return trial.error()
 
 
 def _neighbours(saved: Sequence[float], index: int) -> list[int]:
