@@ -67,6 +67,11 @@ class Levels(Format):
         ascending, _ = self._table(x.device)
         return ascending[torch.bucketize(x, (ascending[1:] + ascending[:-1]) / 2)]
 
+    @property
+    def reach(self) -> float:
+        """How far the grid reaches in scales: beyond it weights count as clipped while they train."""
+        return max(abs(level) for level in self.levels)
+
     def _table(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The levels in ascending order, each once, and their codes."""
         ascending, order = torch.tensor(self.levels, device=device).sort(stable=True)
@@ -239,6 +244,11 @@ class MidRise(Levels):
     def levels(self) -> tuple[float, ...]:
         highest = (1 << self.bits) - 1
         return tuple(float(level) for level in range(-highest, highest + 1, 2))
+
+    @property
+    def reach(self) -> float:
+        """To the outer edge of the outermost cells, which are as wide as the others."""
+        return float(1 << self.bits)
 
     def nearest(self, x: Tensor) -> Tensor:
         """2 ⌈x / 2⌉ − 1, clipped: halfway to the lower level."""

@@ -20,11 +20,10 @@ class _WeightOnGrid(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scale: Tensor, fmt: Int | Levels, encoded: dict[str, Tensor]) -> Tensor:
         if isinstance(fmt, Levels):
-            largest = max(abs(level) for level in fmt.levels)
             rows = to_rows(fmt.granularity, weight.float()) / scale.reshape(-1, 1)
             values = fmt.nearest(rows) * scale.reshape(-1, 1)
             decoded = from_rows(fmt.granularity, values, tuple(weight.shape)).to(weight.dtype)
-            inside = from_rows(fmt.granularity, rows.abs() <= largest, tuple(weight.shape))
+            inside = from_rows(fmt.granularity, rows.abs() <= fmt.reach, tuple(weight.shape))
         else:
             decoded, inside = _round(weight, scale, fmt, encoded.get("zero_point"))
         ctx.save_for_backward(weight, scale, decoded, inside)

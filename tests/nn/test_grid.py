@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from gracile.formats import NF4, FixedPoint, Format, Int, PerGroup, PerTensor, format_to_config
+from gracile.formats import NF4, FixedPoint, Format, Int, Levels, MidRise, PerGroup, PerTensor, format_to_config
 from gracile.nn import QuantizedConv, begin_training, end_training, freeze_batch_norms, quantize_layer
 from gracile.nn.grid import input_on_grid, learned_scale, weight_on_grid
 
@@ -113,8 +113,18 @@ def test_gradients_of_weights_pass_inside_the_grid_and_outside_if_they_lead_back
     assert float(scale.grad) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("fmt", [Int(3), Int(3, PerGroup(3), symmetric=False), Int(2, PerTensor()), NF4(PerGroup(3))])
-def test_gradients_of_scales_are_the_slope_of_the_rounded_weight(fmt: Int | NF4) -> None:
+def test_a_mid_rise_grid_reaches_to_the_edge_of_its_outermost_cells() -> None:
+    weight = torch.tensor([[-4.1, -3.9, -0.1, 0.5, 3.9, 4.1]], requires_grad=True)
+    found = weight_on_grid(weight, MidRise(2, PerTensor()), {"scale": torch.tensor(1.0)})
+    assert found.tolist() == [[-3.0, -3.0, -1.0, 1.0, 3.0, 3.0]]
+    (found * torch.tensor([1.0, 1, 1, 1, -1, -1])).sum().backward()  # descent would move the outer ones on
+    assert weight.grad is not None and weight.grad.tolist() == [[0.0, 1.0, 1.0, 1.0, -1.0, 0.0]]
+
+
+@pytest.mark.parametrize(
+    "fmt", [Int(3), Int(3, PerGroup(3), symmetric=False), Int(2, PerTensor()), NF4(PerGroup(3)), MidRise(2)]
+)
+def test_gradients_of_scales_are_the_slope_of_the_rounded_weight(fmt: Int | Levels) -> None:
     """Codes held, the decoded weight is scale times a constant: its slope in the scale, less that of the weight."""
     weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
     encoded = fmt.encode(weight)
