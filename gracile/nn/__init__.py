@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gracile.errors import ArtifactError
 from gracile.nn.factorized import Factorized, FactorizedConv, FactorizedLinear, compose, factorized_kind
-from gracile.nn.grid import begin_training, end_training, freeze_batch_norms
+from gracile.nn.grid import begin_training, end_training, freeze_batch_norms, keep_sizes
 from gracile.nn.quantized import QuantizedLayer
 from gracile.nn.quantized_kinds import QuantizedConv, QuantizedEmbedding, QuantizedLinear, quantized_kind
 from gracile.nn.recurrent import (
@@ -42,6 +42,7 @@ __all__ = [
     "end_training",
     "factorized_kind",
     "freeze_batch_norms",
+    "keep_sizes",
     "quantize_layer",
     "quantized_kind",
     "recurrent_kind",

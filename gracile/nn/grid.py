@@ -153,6 +153,9 @@ class TrainsOnGrid(nn.Module, ABC):
     @abstractmethod
     def hold_weight_of(self, other: Any) -> None: ...
 
+    def keep_size(self) -> None:
+        """Bring the trained weight back to the size it began with, where the size says nothing; else do nothing."""
+
 
 def begin_training(model: nn.Module, original: nn.Module | None = None) -> None:
     """Give every quantized layer float parameters: its weight, rounded in every forward, and its scales.
@@ -185,6 +188,13 @@ def _with_holders(model: nn.Module) -> list[tuple[str, TrainsOnGrid, TrainsOnGri
             weight = module._parameters.get("weight", module._buffers.get("weight_codes"))
             found.append((name, module, first.setdefault(id(module if weight is None else weight), module)))
     return found
+
+
+def keep_sizes(model: nn.Module) -> None:
+    """Bring weights whose size says nothing back to the one they began to train with."""
+    for module in model.modules():
+        if isinstance(module, TrainsOnGrid):
+            module.keep_size()
 
 
 def freeze_batch_norms(model: nn.Module) -> None:

@@ -88,6 +88,18 @@ class QuantizedConv(QuantizedLayer):
             norm.weight.copy_(gain * (norm.running_var + norm.eps).sqrt())
             norm.bias.copy_(self.bias)
         self.batch_norm = norm
+        self._sizes = _sizes(self._parameters["weight"])  # type: ignore[arg-type]
+
+    def keep_size(self) -> None:
+        """Bring each channel's weight back to the size it began with, while a batch norm behind it takes each batch's.
+
+        What such a layer gives does not depend on the size, which no gradient holds: the steps of an optimizer only
+        ever make it larger, past what the learned scale follows, until all weights lie beyond the ends of their grid.
+        """
+        if self.batch_norm is not None and self.batch_norm.training:
+            weight: Tensor = self._parameters["weight"]  # type: ignore[assignment]
+            with torch.no_grad():
+                weight.mul_(self._sizes / _sizes(weight))
 
     def _unfold(self) -> Tensor:
         """Divide each channel's weight by a power of two, [out], so that its size is what optimizers are used to.
@@ -136,6 +148,12 @@ class QuantizedConv(QuantizedLayer):
 
     def _outputs(self, old: nn.Module) -> int:
         return int(old.out_channels)  # type: ignore[arg-type]
+
+
+def _sizes(weight: Tensor) -> Tensor:
+    """The root mean square of each channel's weight, to be divided by; 1 where it is zero."""
+    size = weight.detach().flatten(1).square().mean(1).sqrt()
+    return torch.where(size > 0, size, torch.ones_like(size)).view(-1, *[1] * (weight.ndim - 1))
 
 
 class QuantizedEmbedding(QuantizedLayer):

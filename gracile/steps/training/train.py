@@ -20,7 +20,7 @@ from gracile.environment import has_bfloat16, instruction_set
 from gracile.errors import DataError
 from gracile.files import write_bytes
 from gracile.modes import channels_last
-from gracile.nn import QuantizedLayer, begin_training, end_training, freeze_batch_norms
+from gracile.nn import QuantizedLayer, begin_training, end_training, freeze_batch_norms, keep_sizes
 from gracile.recipe import Recorder
 from gracile.steps.optimizers import SGD, AdamW
 from gracile.steps.training.recentre import recentre_batch_norms
@@ -136,6 +136,7 @@ def _epochs(
                     group["lr"] = schedule.rate((done + i) / steps)
                 loss = _step(model, objective, batch, state.optimizer, schedule.mixed_precision)
                 zeros.restore()
+                keep_sizes(model)
                 context.progress("train", done + i + 1, steps, f"epoch {epoch}/{schedule.epochs}, loss {loss:.4f}")
         state.finish_epoch(_validate(model, objective, split.validation))
 
