@@ -93,8 +93,9 @@ class QuantizedConv(QuantizedLayer):
     def keep_size(self) -> None:
         """Bring each channel's weight back to the size it began with, while a batch norm behind it takes each batch's.
 
-        What such a layer gives does not depend on the size, which no gradient holds: the steps of an optimizer only
-        ever make it larger, past what the learned scale follows, until all weights lie beyond the ends of their grid.
+        What such a layer gives does not depend on the size of its weight and its grid together, and no gradient holds
+        it: the steps of an optimizer make the weight ever larger, faster than the learned scale follows, until most of
+        it lies beyond the ends of the grid.
         """
         if self.batch_norm is not None and self.batch_norm.training:
             weight: Tensor = self._parameters["weight"]  # type: ignore[assignment]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from gracile.formats import NF4, FixedPoint, Format, Int, Levels, MidRise, PerGroup, PerTensor, format_to_config
-from gracile.nn import QuantizedConv, begin_training, end_training, freeze_batch_norms, quantize_layer
+from gracile.nn import QuantizedConv, begin_training, end_training, freeze_batch_norms, keep_sizes, quantize_layer
 from gracile.nn.grid import input_on_grid, learned_scale, weight_on_grid
 
 FORMATS = [
@@ -223,6 +223,31 @@ def test_frozen_batch_norms_keep_their_statistics() -> None:
     freeze_batch_norms(layer)
     layer(x + 5)
     assert torch.equal(layer.batch_norm.running_mean, moved)  # type: ignore[union-attr,arg-type]
+
+
+def test_weights_behind_a_batch_norm_that_trains_keep_the_size_of_each_channel() -> None:
+    layer = conv().train()
+    begin_training(layer)
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    start = weight.detach().flatten(1).norm(dim=1)
+    with torch.no_grad():
+        weight.mul_(torch.tensor([1.0, 2.0, 3.0, 0.5, 1.5]).view(-1, 1, 1, 1)).add_(0.1)
+    grown = weight.detach().clone()
+    keep_sizes(layer)
+    torch.testing.assert_close(weight.detach().flatten(1).norm(dim=1), start)
+    cosine = nn.functional.cosine_similarity(weight.detach().flatten(1), grown.flatten(1))
+    torch.testing.assert_close(cosine, torch.ones(5))  # the direction stays
+    freeze_batch_norms(layer)  # now the size says something
+    with torch.no_grad():
+        weight.copy_(grown)
+    keep_sizes(layer)
+    assert torch.equal(weight.detach(), grown)
+    linear = net(Int(4))
+    begin_training(linear)
+    before = copy.deepcopy(linear.state_dict())
+    keep_sizes(linear)
+    assert all(torch.equal(value, before[name]) for name, value in linear.state_dict().items())
 
 
 @each_format
