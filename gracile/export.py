@@ -15,7 +15,7 @@ from gracile.environment import has_int8_dot_product
 from gracile.errors import ModelError, TargetError
 from gracile.evaluate.latency import Latency, measure_latency
 from gracile.evaluate.parity import Parity, measure_parity
-from gracile.formats import Int
+from gracile.formats import Format, Int, MidRise
 from gracile.modes import eval_mode
 from gracile.nn import QuantizedLayer, QuantizedRecurrent
 from gracile.targets.base import Target
@@ -94,15 +94,19 @@ def export(
     )
 
 
+def _in_eight_bits(fmt: Format) -> bool:
+    """Whether the file holds the weights as signed integers that take all eight bits."""
+    if isinstance(fmt, MidRise):
+        return fmt.bits == 7  # its odd levels take one more
+    return isinstance(fmt, Int) and (fmt.bits, fmt.symmetric) == (8, True)
+
+
 def _notes(model: nn.Module) -> tuple[str, ...]:
     """What the file does not keep in few bits, and 8-bit weights where kernels add two products in 16 bits."""
     overflowing = [
         name
         for name, layer in model.named_modules()
-        if isinstance(layer, QuantizedLayer)
-        and layer.input_format is not None
-        and isinstance(layer.weight_format, Int)
-        and (layer.weight_format.bits, layer.weight_format.symmetric) == (8, True)
+        if isinstance(layer, QuantizedLayer) and layer.input_format is not None and _in_eight_bits(layer.weight_format)
     ]
     recurrent = [name for name, layer in model.named_modules() if isinstance(layer, QuantizedRecurrent)]
     notes = []

@@ -14,7 +14,7 @@ from gracile.compress import compress
 from gracile.data import Data
 from gracile.errors import GracileError, ModelError, TargetError
 from gracile.export import export
-from gracile.formats import W7A8, W8A8
+from gracile.formats import W7A8, W8A8, MidRise, Scheme
 from gracile.steps import Quantize
 from gracile.targets import OnnxRuntime, PyTorch
 
@@ -71,7 +71,8 @@ def test_weights_that_overflow_here_are_noted(
     monkeypatch.setattr(sys.modules[export.__module__], "has_int8_dot_product", lambda: dot_product)
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 3)).eval(), torch.randn(8, 16)
-    for scheme, told in ((W8A8, not dot_product), (W7A8, False)):
+    odd = Scheme("odd", MidRise(7), W8A8.input)  # its levels take an eighth bit
+    for scheme, told in ((W8A8, not dot_product), (odd, not dot_product), (W7A8, False)):
         small = compress(model, Quantize(scheme), Data(calibration=[x])).model
         found = export(small, PyTorch(), tmp_path / f"{scheme.name}.pt", x, seconds=0.1)
         assert [("2 layers" in note and "W7A8" in note) for note in found.notes] == [True] * told
