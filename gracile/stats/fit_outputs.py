@@ -31,7 +31,7 @@ def fit_last_factors(model: nn.Module, original: nn.Module, name: str, data: Dat
     """
     fitted, held_out = split_batches(data)
     with eval_mode(model, original), torch.no_grad():
-        expected = [logits_of(data.forward(original, batch)) for batch in held_out]
+        expected = _outputs(original, data, held_out)
         if expected[0].ndim != 2 or expected[0].shape[1] < 2:
             return None
         some = fitted[: max(1, OUTPUTS // expected[0].numel())]
@@ -42,7 +42,7 @@ def fit_last_factors(model: nn.Module, original: nn.Module, name: str, data: Dat
             return None
         before = divergence(_outputs(model, data, held_out), expected)
         start = [p.detach().clone() for p in parameters]
-        targets = [logits_of(data.forward(original, batch)).float().softmax(1) for batch in some]
+        targets = [y.float().softmax(1) for y in _outputs(original, data, some)]
         _minimise(replay, targets, parameters)
         after = divergence(_outputs(model, data, held_out), expected)
         if after < before:
