@@ -180,7 +180,7 @@ class Quantize(Step):
         return recorder.record()
 
     def measure_losses(self, model: nn.Module, context: Context) -> dict[str, list[float]]:
-        """Layer -> by how much the outputs diverge with that layer alone in each of the schemes; for `to` and options.
+        """Layer -> the error of the outputs with that layer alone in each of the schemes; for `to` and options.
 
         The model is prepared in place, folded that is, and otherwise left as it is.
         """
