@@ -3,6 +3,7 @@
     python -m benchmarks.recurrent FOLDER [--net gru] [--epochs 25] [--seed 0]   train, compress, export, time
     python -m benchmarks.recurrent FOLDER --time-only                            time again what the folder holds
     python -m benchmarks.recurrent FOLDER --criteria                             compare criteria before distillation
+    python -m benchmarks.recurrent FOLDER --bits                                 weights in 2 to 4 bits, two roundings
 
 The folder keeps trained weights, exported files and figures; a net trained there once is not trained again. Spoken
 digits by six speakers, classified by two layers of 256 units. Criteria are compared on recordings of the validation
@@ -164,6 +165,26 @@ def compare_criteria(model: SpokenDigits, net: str, parts: dict[str, Part], args
         print(json.dumps(row | found), flush=True)
 
 
+def compare_roundings(model: SpokenDigits, net: str, parts: dict[str, Part], args: argparse.Namespace) -> None:
+    """A line for each number of bits and rounding: accuracy on both test parts and KL(dense ‖ quantized) in nats.
+
+    320 training clips calibrate.
+    """
+    order = torch.randperm(len(parts["train"][1]), generator=torch.Generator().manual_seed(args.seed))
+    data = gc.Data(calibration=list(parts["train"][0][order[:320]].split(32)))
+    test: Part = tuple(torch.cat(pair) for pair in zip(parts["test"], parts["further_test"], strict=True))  # type: ignore[assignment]
+    teacher = log_probabilities(model, test)
+    row = {"net": net, "seed": args.seed, "dense": round(accuracy(model, test), 2)}
+    for bits in (4, 3, 2):
+        for solver in (None, gc.solvers.GPTQ()):
+            start = time.perf_counter()
+            small = gc.compress(model, gc.Quantize(gc.Int(bits), solver=solver), data, seed=args.seed).model
+            seconds = time.perf_counter() - start
+            loss = F.kl_div(log_probabilities(small, test), teacher, reduction="batchmean", log_target=True).item()
+            found = {"bits": bits, "solver": "GPTQ" if solver else "nearest", "test": round(accuracy(small, test), 2)}
+            print(json.dumps(row | found | {"kl": round(loss, 5), "seconds": round(seconds)}), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -176,6 +197,7 @@ def main() -> None:
     stages = parser.add_mutually_exclusive_group()
     stages.add_argument("--time-only", action="store_true", help="time the exported files of an earlier run")
     stages.add_argument("--criteria", action="store_true", help="compare criteria on the validation part")
+    stages.add_argument("--bits", action="store_true", help="compare roundings of weights in few bits")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     parts = spoken_digits()
@@ -184,8 +206,8 @@ def main() -> None:
         figures = args.folder / f"{stem}.json"
         if not args.time_only:
             model = trained(net, parts["train"], args.folder, args.seed, args.train_epochs)
-            if args.criteria:
-                compare_criteria(model, net, parts, args)
+            if args.criteria or args.bits:
+                (compare_criteria if args.criteria else compare_roundings)(model, net, parts, args)
                 continue
             small, row = compress(model, parts, args)
             row["parity"] = export({"dense": model, "small": small}, args.folder, stem, parts["test"])

@@ -71,7 +71,7 @@ class GPTQ(RoundingSolver):
         sorted_problem, back = _permuted(problem, order), None if order is None else order.argsort(dim=-1)
         best, given = baseline, None
         for _ in range(self.rounds):
-            state = nearest_plane(sorted_problem, grid, block, self.beam_for(prior), given)
+            state, loss = nearest_plane(sorted_problem, grid, block, self.beam_for(prior), given)
             if back is not None:
                 state = state.in_order(back)
             for _ in range(self.polish):
@@ -79,7 +79,8 @@ class GPTQ(RoundingSolver):
                 if prior.shape[-1] <= SHORT:
                     enumerate_roundings(state, problem, grid)
             weight = state.weight.mT
-            found = Rounded(weight, state.scale.mT, state.zero.mT, problem.loss(weight), baseline.loss)
+            loss = problem.loss(weight) if self.polish else loss
+            found = Rounded(weight, state.scale.mT, state.zero.mT, loss, baseline.loss)
             best = better_rows(found, best)
             given = state if order is None else state.in_order(order)
         return best

@@ -34,14 +34,16 @@ class Columns:
         return Columns(units, self.scale.gather(-2, places), self.zero.gather(-2, places), self.group)
 
 
-def nearest_plane(problem: RoundingProblem, grid: Grid, block: int, beam: int, given: Columns | None = None) -> Columns:
+def nearest_plane(
+    problem: RoundingProblem, grid: Grid, block: int, beam: int, given: Columns | None = None
+) -> tuple[Columns, Tensor]:
     """c_j = v_j − Σ_{k<j} (L_kj / L_jj) (q_k − v_k) rounded column by column; M = L Lᵀ, the columns in reverse order.
 
     The loss is Σ_j L_jj² (q_j − c_j)². Of each row the `beam` roundings of least loss so far go on, each with the
     nearest and the second-nearest unit of its next column (the M-algorithm of Anderson and Mohan 1984, K-best in
     lattice decoding); with a beam of one this is Babai's nearest plane. block: columns whose errors are passed on
     together, whole groups; it changes nothing but the time. given: whose scales and zero points are taken; None: those
-    that fit the weights, compensated for the errors of the groups before.
+    that fit the weights, compensated for the errors of the groups before. Gives the loss of each row too, [..., out].
     """
     search, width = _Search(problem, grid, beam, given), problem.target.shape[-1]
     if grid.group is None:
@@ -98,6 +100,9 @@ class _Search:
             error = unit * self.scales[-1] - self.target[..., j, :]
             present[..., i + 1 :, :].addcmul_(inside[..., i, i + 1 :].unsqueeze(-1), error.unsqueeze(-2), value=-1)
         self._trace_back(chosen, start, known)
+        if self.beam == 1:  # nothing has been told apart, and what is left in `present` are the minima
+            rounded = self.errors[..., start:stop, :] + self.target[..., start:stop, :]
+            self.loss += ((rounded - present).square_() * self.weights[..., start:stop].unsqueeze(-1)).sum(-2)
 
     def _passed(self, start: int, stop: int) -> Tensor:
         """[..., stop, columns of the block]: what an error in column k shifts the minimum of column j by."""
@@ -152,14 +157,14 @@ class _Search:
         self.units[..., start:stop, :] = block
         self.errors[..., start:stop, :] = block * scale - self.target[..., start:stop, :]
 
-    def best(self) -> Columns:
-        """The rounding of least loss of each row."""
+    def best(self) -> tuple[Columns, Tensor]:
+        """The rounding of least loss of each row, and that loss."""
         place = self.loss.argmin(0, keepdim=True)
         units = _of(self.units, place).squeeze(0)
         scale, zero = (
             torch.stack([t.gather(0, place).squeeze(0) for t in s], -2) for s in (self.scales, self.zero_points)
         )
-        return Columns(units, scale, zero, self.group)
+        return Columns(units, scale, zero, self.group), self.loss.gather(0, place).squeeze(0)
 
 
 def _of(values: Tensor, place: Tensor) -> Tensor:

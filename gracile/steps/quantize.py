@@ -58,7 +58,7 @@ class Quantize(Step):
 
     With an input format, a batch norm behind a convolution is folded into it first, as integer kernels need it; what
     such a layer gives a sum or the like takes 8 bits, since no kernel adds in fewer. LSTMs, GRUs and RNNs take the
-    scheme's weight format, each weight its nearest code, and compute in floating point. Linear layers and embeddings
+    scheme's weight format and compute in floating point. Linear layers and embeddings
     that hold one weight take one format and go on holding one, of nearest codes; all of them are quantized, or none.
     """
 
@@ -174,7 +174,7 @@ class Quantize(Step):
         tie(model, ready.tied, recorder)
         quantize_recurrent(model, ready.recurrent, self._options[0].weight, self.ranges, recorder)
         if ready.reference is not None and traced is not None and self.solver is not None:
-            self._round(model, ready.reference, traced, layers, encoder, context, recorder)
+            self._round(model, ready, traced, context, recorder)
         if ready.reference is not None and self.correct:
             correct_statistics(model, ready.reference, context, recorder, {})
         return recorder.record()
@@ -252,21 +252,16 @@ class Quantize(Step):
             schemes |= {name: (ends,) for name in outer if name in schemes}
         return schemes
 
-    def _round(
-        self,
-        model: nn.Module,
-        reference: nn.Module,
-        traced: Trace,
-        layers: list[str],
-        encoder: Encoder,
-        context: Context,
-        recorder: Recorder,
-    ) -> None:
+    def _round(self, model: nn.Module, ready: Prepared, traced: Trace, context: Context, recorder: Recorder) -> None:
         """Replace the nearest codes by the solver's."""
+        reference = ready.reference
+        assert reference is not None
         solver = self.solver.start if isinstance(self.solver, BlockSolver) else self.solver
-        weights = {name: encoder.weight(name, reference.get_submodule(name)) for name in layers}
+        weights = {name: ready.encoder.weight(name, reference.get_submodule(name)) for name in ready.layers}
         if solver is not None:
-            done = round_in_sequence(model, reference, traced, weights, solver, self.ranges, context)
+            done = round_in_sequence(
+                model, reference, traced, weights, solver, self.ranges, context, recurrent=ready.recurrent
+            )
             record_rounding(done, type(solver).__name__, recorder)
         if isinstance(self.solver, BlockSolver):
             blocks = reconstruct_blocks(model, reference, traced, weights, self.solver, self.ranges, context)

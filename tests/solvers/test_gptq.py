@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from gracile.errors import ConfigError
 from gracile.solvers import GPTQ, RoundingProblem
 from gracile.solvers.gptq import column_order
+from gracile.solvers.nearest_plane import nearest_plane
 from gracile.solvers.rounding import nearest
 from tests.solvers.rounding_problems import UniformGrid, layer, least_losses
 
@@ -134,3 +135,11 @@ def test_the_order_keeps_groups_together_and_a_short_one_last() -> None:
 def test_settings_that_mean_nothing_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="GPTQ"):
         GPTQ(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("beam", [1, 4])
+@pytest.mark.parametrize("group", [None, 8])
+def test_the_loss_added_up_along_the_sweep_is_that_of_the_weight(beam: int, group: int | None) -> None:
+    _, problem = layer(6, 5, 40)
+    found, loss = nearest_plane(problem, UniformGrid(3, group), 16, beam)
+    torch.testing.assert_close(loss, problem.loss(found.weight.mT))

@@ -18,7 +18,7 @@ from gracile.steps.quantization.quantize_layers import has_zeros
 from gracile.surgery import Swap, apply
 
 #: What the report says of a recurrent layer.
-STORED = "weights only, each to its nearest code: no runtime computes recurrent layers in few bits"
+STORED = "weights only: no runtime computes recurrent layers in few bits"
 
 
 def check_recurrent(model: nn.Module, layers: Sequence[str], fmt: Format) -> None:

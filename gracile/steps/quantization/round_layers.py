@@ -6,24 +6,23 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor, nn
 
 from gracile.context import Context
-from gracile.errors import DataError
-from gracile.formats import Int, Levels
+from gracile.formats import Format
 from gracile.graph import Trace
 from gracile.modes import eval_mode
-from gracile.nn import QuantizedLayer
+from gracile.nn import QuantizedLayer, QuantizedRecurrent
 from gracile.ranges.base import Range
 from gracile.recipe import Recorder
 from gracile.solvers import RoundingSolver
-from gracile.solvers.rounding import Rounded, rounding_problem
 from gracile.stats.match import output_error, split_batches
 from gracile.stats.moments import CannotRefitError, LayerMoments
 from gracile.stats.rows import unfoldable
 from gracile.steps.pruning.sequence import called_once, targets_of
 from gracile.steps.quantization.grids import grid_of
+from gracile.steps.quantization.round_recurrent import round_recurrent
+from gracile.steps.quantization.solve_rounding import LayerRounding, solve_rounding
 
 
 @dataclass
@@ -53,6 +52,7 @@ def round_in_sequence(
     solver: RoundingSolver,
     ranges: Range,
     context: Context,
+    recurrent: Iterable[str] = (),
 ) -> Rounding:
     """Give quantized layers, rounded to nearest so far, the solver's weights; in place, in the order of the forward.
 
@@ -61,28 +61,31 @@ def round_in_sequence(
     batches come out no nearer to the reference's, all layers are rounded to nearest again.
 
     reference: the float model of the same layers. traced: of it. weights: layer -> the float weight that its codes
-    stand for.
+    stand for. recurrent: layers of these, whose matrices are solved one after another (`round_recurrent`).
     """
-    found = Rounding()
-    reasons = solvable(reference, traced, weights)
+    found, recurrent = Rounding(), set(recurrent)
+    reasons = solvable(reference, traced, {*weights, *recurrent})
     found.skipped = {name: reason for name, reason in reasons.items() if reason is not None}
-    for name in weights:
-        layer = model.get_submodule(name)
-        if isinstance(layer, QuantizedLayer) and grid_of(layer.weight_format, ranges) is None:
-            found.skipped[name] = f"{type(layer.weight_format).__name__} has no scale to round by"
+    for name in {*weights, *recurrent}:
+        fmt = _format(model.get_submodule(name))
+        if fmt is not None and grid_of(fmt, ranges) is None:
+            found.skipped[name] = f"{type(fmt).__name__} has no scale to round by"
     order = [name for name in reasons if name not in found.skipped]
     if not order:
         return found
     held_out = split_batches(context.data)[1]
     found.nearest_error = output_error(model, reference, context.data, held_out)
-    targets = targets_of(reference, traced, order, context)
+    targets = targets_of(reference, traced, [name for name in order if name in weights], context)
     moments = LayerMoments(model, targets, norms=dict(traced.batch_norm_pairs()))
     changed = [*order, *(moments.norms[name] for name in order if name in moments.norms)]
     before = {name: _state(model, name) for name in changed}
     with eval_mode(model, reference):
         for done, name in enumerate(order):
             try:
-                solved = round_layer(moments, name, weights[name], solver, ranges)
+                if name in recurrent:
+                    solved = _round_recurrent(moments, name, solver, ranges)
+                else:
+                    solved = round_layer(moments, name, weights[name], solver, ranges)
                 found.gains[name], found.errors[name] = solved.gain, solved.error
                 if solved.raised:
                     found.raised[name] = solved.raised
@@ -116,6 +119,7 @@ def record_rounding(done: Rounding, title: str, recorder: Recorder) -> None:
             if row.name in done.raised:
                 times = 10 ** done.raised[row.name]
                 reason += f"; its moments had no Cholesky factor until damped {times} times as much"
+            reason += f"; {row.reason}" if row.reason else ""
             recorder.layers[i] = replace(row, error=done.errors[row.name], reason=reason)
 
 
@@ -124,23 +128,12 @@ def solvable(reference: nn.Module, traced: Trace, layers: Iterable[str]) -> dict
     once = {name: i for i, name in enumerate(called_once(reference, traced))}
     reasons: dict[str, str | None] = {}
     for name in sorted(layers, key=lambda name: once.get(name, len(once))):
-        if not unfoldable(reference.get_submodule(name)):
+        layer = reference.get_submodule(name)
+        if not isinstance(layer, nn.RNNBase) and not unfoldable(layer):
             reasons[name] = "its inputs do not unfold into rows of its weight"
         else:
             reasons[name] = None if name in once else "called more than once, or tied to another layer"
     return reasons
-
-
-@dataclass(frozen=True)
-class LayerRounding:
-    """One layer's loss as a share of what rounding to nearest leaves (`gain`) and of its outputs' squares (`error`).
-
-    raised: how often the damping grew tenfold.
-    """
-
-    gain: float
-    error: float
-    raised: int
 
 
 def round_layer(
@@ -159,32 +152,32 @@ def round_layer(
     prior = weight.detach().double().cpu().flatten(1)
     if measured.gram.ndim == 3:
         prior = prior.unflatten(0, (len(measured.gram), -1))
-    centred = moments.centred(name)
-    problem = rounding_problem(prior, measured, centred, solver.damping, solver.asymmetry)
-    rounded = solver(prior, problem, grid)
-    if not bool(torch.isfinite(rounded.weight).all()):
-        raise DataError(f"Layer '{name}' {tuple(weight.shape)}: its rounded weight is not finite.")
-    stored = _encode(layer, rounded)
-    layer.set_weight(stored)
-    if centred:
-        decoded = layer.decoded_weight().double().cpu().reshape(prior.shape)
-        target = solver.asymmetry * measured.mean_target
-        target = target + (1 - solver.asymmetry) * (prior @ measured.mean.unsqueeze(-1)).squeeze(-1)
-        moments.shift(name, (target - (decoded @ measured.mean.unsqueeze(-1)).squeeze(-1)).flatten())
-    loss, baseline = float(rounded.loss.sum()), float(rounded.nearest_loss.sum())
-    signal = float(problem.loss(torch.zeros_like(problem.target)).sum())
-    return LayerRounding(loss / max(baseline, 1e-300), loss / max(signal, 1e-300), problem.raised)
+    solved = solve_rounding(name, prior, measured, moments.centred(name), solver, grid)
+    layer.set_weight(solved.encode(layer))
+    if moments.centred(name):
+        moments.shift(name, solved.shift(layer.decoded_weight().double().cpu()))
+    return solved.gains
 
 
-def _encode(layer: QuantizedLayer, rounded: Rounded) -> dict[str, Tensor]:
-    fmt = layer.weight_format
-    assert isinstance(fmt, (Int, Levels))
-    shape = fmt.scale_shape(layer.weight_shape)
-    scale, zero = (t.flatten()[: math.prod(shape)].reshape(shape).float() for t in (rounded.scale, rounded.zero))
-    weight = rounded.weight.reshape(layer.weight_shape).float()
-    if isinstance(fmt, Levels) or fmt.symmetric:
-        return fmt.encode(weight, scale)
-    return fmt.encode(weight, scale, zero.to(torch.int16))
+def _round_recurrent(moments: LayerMoments, name: str, solver: RoundingSolver, ranges: Range) -> LayerRounding:
+    """The same for the matrices of a recurrent layer."""
+    targets = moments.targets
+    return round_recurrent(
+        moments.model.get_submodule(name),
+        targets.original.get_submodule(name),
+        moments.replay.run,
+        lambda i: targets.data.forward(targets.original, targets.batches[i]),
+        len(targets.batches),
+        solver,
+        ranges,
+    )
+
+
+def _format(layer: nn.Module) -> Format | None:
+    """The format of a quantized layer's weight, or of a recurrent one's matrices."""
+    if isinstance(layer, QuantizedRecurrent):
+        layer = next(iter(layer.encoded.values()))
+    return layer.weight_format if isinstance(layer, QuantizedLayer) else None
 
 
 def _state(model: nn.Module, name: str) -> dict[str, Tensor]:

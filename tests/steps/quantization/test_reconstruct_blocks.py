@@ -47,7 +47,8 @@ def net() -> Net:
     return Net().eval()
 
 
-def batches(seed: int, count: int = 6) -> list[Tensor]:
+def batches(seed: int, count: int = 24) -> list[Tensor]:
+    """Of noise, and so many that what is learned from them holds for others, whatever the processor rounds."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(16, 3, 6, 6, generator=generator) for _ in range(count)]
 
@@ -77,8 +78,7 @@ def error(model: nn.Module, original: nn.Module) -> float:
 @each_solver
 def test_blocks_come_nearer_to_what_they_gave(solver: gc.solvers.BlockSolver) -> None:
     original, start, found = net(), started(), reconstructed(solver)
-    share = 0.95 if solver is QUICK else 1.0  # signs find little beyond a closed form, from nearest (below) they do
-    assert error(found.model, original) < share * error(start.model, original)
+    assert error(found.model, original) < 0.96 * error(start.model, original)
     record = found.report.steps[0]
     assert record.numbers["output_error_reconstructed"] < record.numbers["output_error_before_reconstruction"]
     rows = {row.name: row for row in record.layers if row.action == "reconstructed"}
