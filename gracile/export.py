@@ -118,6 +118,7 @@ def _notes(model: nn.Module) -> tuple[str, ...]:
     if overflowing and not has_int8_dot_product():
         notes.append(
             f"{len(overflowing)} layers have 8-bit weights beside 8-bit inputs. This processor has no VNNI: its "
-            f"kernels add two products in 16 bits, which such weights overflow. Quantize with gracile.formats.W7A8."
+            f"kernels add two products in 16 bits, which such weights overflow. Quantize with gracile.formats.W7A8 or "
+            f"W7A8Dynamic."
         )
     return tuple(notes)

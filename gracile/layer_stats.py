@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 
@@ -21,6 +22,13 @@ class Histogram:
     minimum: float
     maximum: float
     extremes: tuple[tuple[float, float], ...]
+
+    def share_outside(self, low: float, high: float) -> float:
+        """Fraction of the values below `low` or above `high`, told by the middles of their bins."""
+        bins = len(self.counts)
+        total = float(self.counts.sum())
+        middles = self.low + (self.high - self.low) * (torch.arange(bins, dtype=torch.float64) + 0.5) / bins
+        return float(self.counts[(middles < low) | (middles > high)].sum()) / total if total else 0.0
 
 
 @dataclass(frozen=True)

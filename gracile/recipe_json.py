@@ -15,7 +15,7 @@ from gracile.recipe import Recipe, Step, only
 from gracile.steps import SGD, AdamW, Distill, Factorize, Finetune, Gradual, Iterative, Prune, Quantize
 
 SCHEME_NAMES = "w8a8, w7a8, w8a16, w4a8, w4a4, w3a8, w3a3, w2a8, w2a2, w4a16[:group], w3a16[:group], w2a16[:group], "
-SCHEME_NAMES += "int2 ... int8 or fixed:factor"
+SCHEME_NAMES += "w8a8-dynamic, w7a8-dynamic, int2 ... int8 or fixed:factor"
 
 
 def recipe_from_json(config: Any) -> Step:
@@ -54,7 +54,8 @@ def scheme_named(name: str) -> Scheme | Format:
     int<b> are weights of b bits with one scale per output channel; fixed:<f> is round(x · f) / f. Raises ConfigError.
     """
     key, _, amount = name.strip().lower().partition(":")
-    preset = getattr(formats, key.upper(), None) if re.fullmatch(r"w\da\d+", key) else None
+    attribute = key.upper().replace("-DYNAMIC", "Dynamic")
+    preset = getattr(formats, attribute, None) if re.fullmatch(r"w\da\d+(-dynamic)?", key) else None
     if isinstance(preset, Scheme) and not amount:
         return preset
     if callable(preset) and re.fullmatch(r"|[1-9]\d*", amount):

@@ -40,6 +40,7 @@ STEPS = [
     gc.Quantize(gc.W4A8, solver=gc.solvers.GPTQ(order="given", beam=2, polish=1, rounds=2, damping=0.1, asymmetry=0.25, block=32)),  # noqa: E501
     gc.Quantize(gc.W8A8, equalize=gc.equalize.CrossLayer(sweeps=5, tolerance=0.1)),
     gc.Quantize(to=gc.Bytes(0.2), options=(gc.W8A8, gc.W4A8, gc.Int(2))),
+    gc.Quantize(gc.formats.W8A8Dynamic),
     gc.Quantize(gc.W8A16, ranges=gc.ranges.MinMax()),
     gc.Quantize(gc.W8A8, ranges=gc.ranges.Entropy(thresholds=32)),
     gc.Quantize(gc.W8A8, ranges=gc.ranges.MovingAverage(rate=0.1)),
@@ -113,6 +114,7 @@ def test_a_list_is_a_recipe_and_a_scheme_may_be_named():
         ("w8a8", gc.W8A8),
         ("W8A16", gc.W8A16),
         ("w7a8", gc.formats.W7A8),
+        ("W8A8-dynamic", gc.formats.W8A8Dynamic),
         ("w3a3", gc.W3A3),
         ("w2a16:64", gc.formats.W2A16(64)),
         ("w4a16", gc.W4A16(128)),

@@ -8,13 +8,30 @@ from typing import Any
 import torch
 
 from gracile.errors import ArtifactError, ConfigError
-from gracile.formats.base import Format, Granularity, PerChannel, PerGroup, PerTensor, format_to_config
+from gracile.formats.base import Format, Granularity, PerChannel, PerGroup, PerTensor, PerToken, format_to_config
 from gracile.formats.codebook import Codebook
 from gracile.formats.fixed_point import FixedPoint
-from gracile.formats.integer import Int
+from gracile.formats.integer import Int, is_dynamic
 from gracile.formats.levels import FP4, NF4, Binary, Levels, MidRise, PowersOfTwo, Ternary
 from gracile.formats.micro_float import FP8, MXFP4, NVFP4
-from gracile.formats.presets import W2A2, W2A8, W2A16, W3A3, W3A8, W3A16, W4A4, W4A8, W4A16, W7A8, W8A8, W8A16, Scheme
+from gracile.formats.presets import (
+    W2A2,
+    W2A8,
+    W2A16,
+    W3A3,
+    W3A8,
+    W3A16,
+    W4A4,
+    W4A8,
+    W4A16,
+    W7A8,
+    W8A8,
+    W8A16,
+    Scheme,
+    W7A8Dynamic,
+    W8A8Dynamic,
+)
+from gracile.formats.titles import format_title
 
 __all__ = [
     "FP4",
@@ -45,12 +62,17 @@ __all__ = [
     "PerChannel",
     "PerGroup",
     "PerTensor",
+    "PerToken",
     "PowersOfTwo",
     "Scheme",
     "Ternary",
+    "W7A8Dynamic",
+    "W8A8Dynamic",
     "bits_per_weight",
     "format_from_config",
+    "format_title",
     "format_to_config",
+    "is_dynamic",
 ]
 
 

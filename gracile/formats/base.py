@@ -44,6 +44,11 @@ class PerGroup(Granularity):
             raise ConfigError(f"PerGroup(size={self.size!r}): a whole number of at least 1.")
 
 
+@dataclass(frozen=True)
+class PerToken(Granularity):
+    """One scale for all values along the last axis, found when the model runs; of inputs, and of no weight."""
+
+
 class Format(ABC):
     """A way to write numbers. Members are frozen dataclasses; all of these are pure functions of their fields.
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gracile.errors import ConfigError
-from gracile.formats.base import Granularity, PerChannel, PerGroup, PerTensor
+from gracile.formats.base import Granularity, PerChannel, PerGroup, PerTensor, PerToken
 
 Shape = tuple[int, ...]
 
@@ -25,6 +25,8 @@ def scale_shape(granularity: Granularity, shape: Shape) -> Shape:
     if isinstance(granularity, PerGroup):
         rows, columns = _rows_and_columns(shape)
         return (rows, -(-columns // granularity.size))
+    if isinstance(granularity, PerToken):
+        raise ConfigError("PerToken() is for inputs.\n  Weights take PerTensor(), PerChannel() or PerGroup(n).")
     raise ConfigError(
         f"{type(granularity).__name__} is not a granularity. Use PerTensor(), PerChannel() or PerGroup(n)."
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gracile.errors import ConfigError, DataError
-from gracile.formats.base import Format, Granularity, PerChannel
+from gracile.formats.base import Format, Granularity, PerChannel, PerToken
 from gracile.formats.granularity import from_rows, scale_shape, to_rows
 from gracile.formats.packing import pack_bits, packed_bytes, unpack_bits
 
@@ -158,6 +158,11 @@ class Int(Format):
             raise ConfigError("Int.encode(zero_point=...): goes with a scale, in a format with symmetric=False.")
         if bool(((zero_point < self.qmin) | (zero_point > self.qmax)).any()):
             raise ConfigError(f"Int.encode(zero_point=...): must lie in [{self.qmin}, {self.qmax}].")
+
+
+def is_dynamic(fmt: Format | None) -> bool:
+    """Whether the scales of an input format are found when the model runs."""
+    return isinstance(fmt, Int) and isinstance(fmt.granularity, PerToken)
 
 
 def check_weight(weight: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gracile.formats.base import Format, PerChannel, PerGroup, PerTensor
+from gracile.formats.base import Format, PerChannel, PerGroup, PerTensor, PerToken
 from gracile.formats.integer import Int
 
 
@@ -32,6 +32,11 @@ W8A8 = Scheme("W8A8", Int(8, PerChannel(0)), _activations(8))
 #: The same with weights of 7 bits, for x86 processors without VNNI: their int8 kernels add two products in 16 bits,
 #: which 8-bit weights overflow.
 W7A8 = Scheme("W7A8", Int(7, PerChannel(0)), _activations(8))
+
+#: The same without measured ranges: every token's inputs get a scale of their own when the model runs. Needs no data;
+#: of linear layers, while others keep floating-point inputs.
+W8A8Dynamic = Scheme("W8A8-dynamic", Int(8, PerChannel(0)), Int(8, PerToken()))
+W7A8Dynamic = Scheme("W7A8-dynamic", Int(7, PerChannel(0)), Int(8, PerToken()))
 
 #: int8 weights, one scale per output channel; inputs stay in floating point.
 W8A16 = Scheme("W8A16", Int(8, PerChannel(0)))

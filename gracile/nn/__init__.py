@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gracile.errors import ArtifactError
+from gracile.formats import is_dynamic
 from gracile.nn.factorized import Factorized, FactorizedConv, FactorizedLinear, compose, factorized_kind
 from gracile.nn.grid import begin_training, end_training, freeze_batch_norms, keep_sizes
 from gracile.nn.quantized import QuantizedLayer
@@ -92,7 +93,7 @@ def quantize_layer(old: nn.Module, tensors: dict[str, Tensor], config: dict[str,
     assert isinstance(layer, QuantizedLayer)
     layer.set_weight({name: tensors[f"weight_{name}"] for name in layer.weight_tensors})
     for role, fmt in (("input", layer.input_format), ("output", layer.output_format)):
-        if fmt is not None:
+        if fmt is not None and not is_dynamic(fmt):
             layer.set_range(role, tensors[f"{role}_scale"], tensors.get(f"{role}_zero_point"))
     if "input_multiplier" in tensors:
         layer._buffers["input_multiplier"] = tensors["input_multiplier"].detach().float()

@@ -1,4 +1,4 @@
-"""The two operators of quantized layers, registered with torch so that tracing and exporting keep each as one node."""
+"""The operators of quantized layers, registered with torch so that tracing and exporting keep each as one node."""
 
 from __future__ import annotations
 
@@ -42,6 +42,31 @@ def _straight_through(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 quantize_dequantize.register_autograd(_straight_through, setup_context=_save_range)
+
+
+@torch.library.custom_op("gracile::quantize_dequantize_per_token", mutates_args=())
+def quantize_dequantize_per_token(x: Tensor, qmax: int) -> Tensor:
+    """s · round(x / s), s = max|x| / qmax along the last axis, rounding half to even.
+
+    x: any shape and float dtype, computed in float32. A token of zeros stays zeros. The gradient passes straight
+    through.
+    """
+    y = x.float()
+    scale = token_scales(y, qmax)
+    return torch.div(y, scale).round_().mul_(scale).to(x.dtype)
+
+
+@quantize_dequantize_per_token.register_fake
+def _(x: Tensor, qmax: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+quantize_dequantize_per_token.register_autograd(lambda _ctx, gradient: (gradient, None))
+
+
+def token_scales(x: Tensor, qmax: int) -> Tensor:
+    """max|x| / qmax along the last axis, kept as one of size 1; the smallest normal number where that is zero."""
+    return (x.abs().amax(-1, keepdim=True) / qmax).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 @torch.library.custom_op("gracile::decode", mutates_args=())

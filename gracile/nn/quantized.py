@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from gracile.errors import ConfigError
-from gracile.formats import Format, Int, Levels, MidRise, PerTensor, format_from_config, format_to_config
+from gracile.formats import Format, Int, Levels, MidRise, PerTensor, format_from_config, format_to_config, is_dynamic
 from gracile.formats.granularity import from_rows, to_rows
 from gracile.nn.grid import TrainsOnGrid, input_on_grid, learned_scale, weight_on_grid
-from gracile.nn.ops import decode, quantize_dequantize
+from gracile.nn.ops import decode, quantize_dequantize, quantize_dequantize_per_token
 
 #: How far from a grid point, in steps, a weight may start to train: not quite the half that would round it elsewhere.
 CELL = 0.49
@@ -54,7 +54,7 @@ class QuantizedLayer(TrainsOnGrid):
         for name in self.weight_tensors:
             self.register_buffer(f"weight_{name}", empty[name])
         for role, fmt in (("input", self.input_format), ("output", self.output_format)):
-            if fmt is not None:
+            if fmt is not None and not is_dynamic(fmt):
                 self.register_buffer(f"{role}_scale", torch.ones((), device=weight.device))
                 self.register_buffer(f"{role}_zero_point", torch.zeros((), dtype=torch.int32, device=weight.device))
         bias = getattr(old, "bias", None)
@@ -159,7 +159,7 @@ class QuantizedLayer(TrainsOnGrid):
     def _learned_roles(self) -> tuple[str, ...]:
         """Of weight, input and output those whose scale is learned: any but scales that a format bounds itself."""
         formats = {"weight": self.weight_format, "input": self.input_format, "output": self.output_format}
-        return tuple(role for role, fmt in formats.items() if isinstance(fmt, (Int, Levels)))
+        return tuple(r for r, fmt in formats.items() if isinstance(fmt, (Int, Levels)) and not is_dynamic(fmt))
 
     def _learned_grid(self) -> dict[str, Tensor]:
         """The learned scale of the weight by its name, where there is one."""
@@ -196,6 +196,9 @@ class QuantizedLayer(TrainsOnGrid):
         fmt = self.input_format if role == "input" else self.output_format
         if fmt is None:
             return x
+        if is_dynamic(fmt):
+            y = quantize_dequantize_per_token(x, fmt.qmax)
+            return torch.where(torch.rand_like(x) < self.drop, x, y) if self.trains and self.drop else y
         zero_point = getattr(self, f"{role}_zero_point")
         if self.trains:
             scale = self._scale(role, x.numel() // max(1, len(x)))
@@ -222,4 +225,9 @@ def _activation_format(config: dict[str, Any], role: str) -> Int | None:
     fmt = format_from_config(config.get(role))
     if fmt is None or (isinstance(fmt, Int) and isinstance(fmt.granularity, PerTensor)):
         return fmt
-    raise ConfigError(f"The {role} of a layer cannot take the format {fmt}.\n  Use Int(bits, PerTensor()) or None.")
+    if role == "input" and is_dynamic(fmt) and fmt.symmetric:
+        return fmt  # type: ignore[no-any-return]
+    raise ConfigError(
+        f"The {role} of a layer cannot take the format {fmt}.\n"
+        f"  Use Int(bits, PerTensor()), for inputs also Int(bits, PerToken()), or None."
+    )

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gracile.errors import ConfigError
-from gracile.formats import PerChannel
+from gracile.formats import PerChannel, is_dynamic
 from gracile.nn.quantized import QuantizedLayer
 
 
@@ -67,6 +67,8 @@ class QuantizedConv(QuantizedLayer):
     def __init__(self, old: nn.Module, config: dict[str, Any]) -> None:
         """config: as in `QuantizedLayer`; {"batch_norm": eps} says that a batch norm of this ε was folded into it."""
         super().__init__(old, config)
+        if is_dynamic(self.input_format):
+            raise ConfigError("Inputs of a convolution have no tokens.\n  Use Int(bits, PerTensor()) or None.")
         for name in _CONV_SETTINGS:
             setattr(self, name, getattr(old, name))
         self._reversed_padding_repeated_twice = list(getattr(old, "_reversed_padding_repeated_twice", ()))

@@ -91,7 +91,7 @@ def _context(report: Report) -> dict[str, Any]:
         "layers": layers,
         "layer_columns": {
             field: any(getattr(row, field) is not None for row in layers)
-            for field in ("kept", "bits", "sparsity", "error")
+            for field in ("kept", "bits", "format", "range", "sparsity", "error")
         },
         "layer_plots": [(size, safe(plots.layer_bars(layers, size))) for size in (WIDE, NARROW)],
         "latency_plots": [(size, safe(plots.latencies(report, size))) for size in (WIDE, NARROW)],

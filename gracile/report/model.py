@@ -24,7 +24,9 @@ class LayerRow:
     kind: its class, "Conv2d". action: "cut", "pruned", "factorized", "quantized", "trained", "folded", "swapped",
         "equalized", "removed", "kept" or "skipped".
     kept, of: channels, heads or neurons kept, of how many; of a factorized layer its rank, of the full one.
-    sparsity: fraction of its weights that are zero. bits: of one stored weight code.
+    sparsity: fraction of its weights that are zero. bits: stored for one weight, scales included.
+    format: of its weight and its inputs, "int4 per channel, inputs uint8 per tensor". range: lowest and highest input
+        that has a code. clipped: fraction of the inputs seen in calibration that lie beyond it.
     error: relative error of the layer's output (or weight) after the step; of a block removed or kept, the divergence
         of the model's outputs without it. reason: why it was skipped or cut so.
     """
@@ -36,6 +38,9 @@ class LayerRow:
     of: int | None = None
     sparsity: float | None = None
     bits: float | None = None
+    format: str | None = None
+    range: tuple[float, float] | None = None
+    clipped: float | None = None
     error: float | None = None
     reason: str | None = None
 
@@ -200,9 +205,13 @@ class Report:
 
 def _step(data: dict[str, Any]) -> StepRecord:
     fields = {key: decode(value) for key, value in data.items() if key != "edits"}
-    rows = tuple(LayerRow(**row) for row in fields["layers"])
+    rows = tuple(_row(row) for row in fields["layers"])
     edits = tuple(edit_from_json(edit) for edit in data["edits"])
     return StepRecord(**{**fields, "layers": rows, "notes": tuple(fields["notes"]), "edits": edits})
+
+
+def _row(data: dict[str, Any]) -> LayerRow:
+    return LayerRow(**{**data, "range": tuple(data["range"]) if data.get("range") else None})
 
 
 def _measurement(data: dict[str, Any]) -> Measurement:

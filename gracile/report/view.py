@@ -60,6 +60,9 @@ class LayerView:
     of: int | None
     sparsity: float | None
     bits: float | None
+    format: str | None
+    range: tuple[float, float] | None
+    clipped: float | None
     error: float | None
     reason: str
 
@@ -209,6 +212,9 @@ def _merged(group: list[LayerRow]) -> LayerView:
         of=next((row.of for row in group if row.of is not None), None),  # of the original, if cut twice
         sparsity=last("sparsity"),
         bits=last("bits"),
+        format=last("format"),
+        range=last("range"),
+        clipped=last("clipped"),
         error=last("error"),
         reason="; ".join(dict.fromkeys(row.reason for row in group if row.reason)),
     )

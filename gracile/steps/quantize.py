@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from gracile.context import Context
 from gracile.equalize import AWQ, CrossLayer, InputScales, SmoothQuant
 from gracile.errors import ConfigError, DataError, NothingChangedError
-from gracile.formats import Format, Scheme
+from gracile.formats import Format, Scheme, is_dynamic
 from gracile.goal import Bytes
 from gracile.graph import Trace, trace
 from gracile.nn import QuantizedLayer, quantized_kind
@@ -111,12 +111,12 @@ class Quantize(Step):
             )
         if self.equalize is not None and self.to is not None:
             raise ConfigError(f"Quantize(to=..., equalize={name}()): is judged by one scheme; leave out one.")
-        if isinstance(self.equalize, SmoothQuant) and not self._reads_inputs:
+        if isinstance(self.equalize, SmoothQuant) and not self._rounds_inputs:
             raise ConfigError(
                 f"{self.title}, equalize=SmoothQuant(): needs a scheme with an input format; where inputs stay as they "
                 f"are, there is nothing to smooth.\n  Use equalize.AWQ(), or W8A8."
             )
-        if isinstance(self.equalize, AWQ) and self._reads_inputs:
+        if isinstance(self.equalize, AWQ) and self._rounds_inputs:
             raise ConfigError(
                 f"{self.title}, equalize=AWQ(): is for schemes that leave inputs in floating point.\n"
                 f"  Use equalize.SmoothQuant(), or W4A16(group=128)."
@@ -129,8 +129,13 @@ class Quantize(Step):
         return tuple(each if isinstance(each, Scheme) else Scheme(_format_name(each), each) for each in given)
 
     @property
-    def _reads_inputs(self) -> bool:
+    def _rounds_inputs(self) -> bool:
         return any(scheme.input is not None for scheme in self._options)
+
+    @property
+    def _measures_inputs(self) -> bool:
+        """Whether ranges of inputs are found beforehand, and not when the model runs."""
+        return any(scheme.input is not None and not is_dynamic(scheme.input) for scheme in self._options)
 
     @property
     def title(self) -> str:
@@ -140,7 +145,7 @@ class Quantize(Step):
     def check(self, model: nn.Module, context: Context) -> None:
         if context.data.has_calibration:
             return
-        if self._reads_inputs and self.to is None and self.solver is None:
+        if self._measures_inputs and self.to is None and self.solver is None:
             raise DataError(
                 f"Quantize({self._options[0].name}) measures the ranges of layer inputs and has no data.\n"
                 f"  Pass Data(calibration=batches); labels are not needed. Without data, use W8A16 or W4A16."
@@ -202,15 +207,15 @@ class Quantize(Step):
         for name in layers:  # refuses before any change
             for scheme in schemes[name]:
                 encoder.check(name, model.get_submodule(name), scheme)
-        folded = self._fold(model, alone, context, recorder) if self._reads_inputs else {}
-        looks = self._reads_inputs or self.solver is not None or self.to is not None or self.equalize is not None
+        folded = self._fold(model, alone, context, recorder) if self._measures_inputs else {}
+        looks = self._measures_inputs or self.solver is not None or self.to is not None or self.equalize is not None
         traced = _traced(model, context) if looks else None
         if isinstance(self.equalize, CrossLayer) and traced is not None:
             self._equalize(model, alone, traced, context, recorder)
         # Folded and equalized too, since its layers' outputs are what biases are corrected to.
         compares = self.correct or self.solver is not None
         reference = copy_model(model) if compares and context.data.has_calibration else None
-        if self._reads_inputs and traced is not None:
+        if self._measures_inputs and traced is not None:
             smoothing = self._smooth(model, alone, context, recorder)
             encoder = replace(self._measure(model, layers, traced, smoothing, context), folded=folded)
             for name in [name for name in layers if name not in encoder.stats]:

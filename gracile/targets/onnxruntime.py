@@ -43,7 +43,7 @@ class OnnxRuntime(Target):
     name: ClassVar[str] = "onnxruntime"  # type: ignore[misc]
     suffix: ClassVar[str] = ".onnx"  # type: ignore[misc]
     capabilities: ClassVar[Capabilities] = Capabilities(  # type: ignore[misc]
-        schemes=INTEGER_SCHEMES, precisions=("f32", "default")
+        schemes=(*INTEGER_SCHEMES, "W8A8-dynamic", "W7A8-dynamic"), precisions=("f32", "default")
     )
 
     def __post_init__(self) -> None:

@@ -18,17 +18,20 @@ if TYPE_CHECKING:
 def to_standard(model: ir.Model) -> None:
     """Replace every node of the `gracile` domain by standard operators, in place.
 
-    Activations: QuantizeLinear → DequantizeLinear, one pair for all readers of one tensor on one grid. Weights: see
-    `qdq_weights`. Biases of integer layers become int32, and residual additions read quantized tensors, which is
-    what lets ONNX Runtime and OpenVINO compute the whole layer in integers.
+    Activations: QuantizeLinear → DequantizeLinear, one pair for all readers of one tensor on one grid; where tokens
+    have scales of their own see `qdq_tokens`. Weights: see `qdq_weights`. Biases of integer layers become int32, and
+    residual additions read quantized tensors, which is what lets ONNX Runtime and OpenVINO compute the whole layer in
+    integers.
     """
     from gracile.targets.qdq_residual import share_grids
+    from gracile.targets.qdq_tokens import write_tokens
     from gracile.targets.qdq_weights import write_biases, write_weights
 
     rewriter = Rewriter(model.graph)
     _keep_reduced_axes(rewriter)
     _merge_multiplications(rewriter)
     _write_activations(rewriter)
+    write_tokens(rewriter)
     write_weights(rewriter)
     write_biases(rewriter)
     share_grids(rewriter)
@@ -142,7 +145,7 @@ def _merge_multiplications(rewriter: Rewriter) -> None:
         if (
             x is None
             or constant is None
-            or not all(u.op_type == "QuantizeDequantize" for u, _ in node.outputs[0].uses())
+            or not all(u.op_type.startswith("QuantizeDequantize") for u, _ in node.outputs[0].uses())
         ):
             continue
         same = (out for other, values, out in seen if other is x and np.array_equal(values, constant))

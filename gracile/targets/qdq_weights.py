@@ -62,10 +62,10 @@ def _write_integers(rewriter: Rewriter, node: ir.Node, fmt: Int, tensors: dict[s
     zero = tensors.get("zero_point")
     encoded = _Encoded(fmt, codes, tensors["scale"].numpy(), None if zero is None else zero.numpy())
     if not _reads_integers(out):
-        _gemm_to_matmul(rewriter, out)
+        gemm_to_matmul(rewriter, out)
     elif isinstance(fmt.granularity, PerGroup):
         # ONNX Runtime 1.32 puts the constant weight of a Gemm on an int8 grid of its own.
-        _gemm_to_matmul(rewriter, out)
+        gemm_to_matmul(rewriter, out)
         rewriter.replace(out, _multiplied_groups(rewriter, node, fmt, tensors, stem))
         return
     if _only_transposed(out):
@@ -265,7 +265,7 @@ def _skip_transpose(rewriter: Rewriter, value: ir.Value) -> ir.Value:
     return first.outputs[0]
 
 
-def _gemm_to_matmul(rewriter: Rewriter, weight: ir.Value) -> None:
+def gemm_to_matmul(rewriter: Rewriter, weight: ir.Value) -> None:
     """Gemm(x, W, b) with transposed W as MatMul(x, Transpose(W)) + b."""
     for gemm, index in list(weight.uses()):
         plain = {"alpha": 1.0, "beta": 1.0}

@@ -13,21 +13,26 @@ DOMAIN = "gracile"
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """The exporter's `custom_translation_table` for `gracile::quantize_dequantize` and `gracile::decode`."""
+    """The exporter's `custom_translation_table` for the operators in `gracile.nn.ops`."""
     from onnxscript import values
 
     opset = values.Opset(DOMAIN, 1)
     rounding = values.Op(opset, "QuantizeDequantize", _schema("QuantizeDequantize", qmin="INT", qmax="INT"))
+    by_token = values.Op(opset, "QuantizeDequantizePerToken", _schema("QuantizeDequantizePerToken", qmax="INT"))
     decoding = values.Op(opset, "Decode", _schema("Decode", names="STRING", format="STRING", shape="INTS"))
 
     def quantize_dequantize(x: Any, scale: Any, zero_point: Any, qmin: int, qmax: int) -> Any:
         return rounding(x, scale, zero_point, qmin=qmin, qmax=qmax)
+
+    def quantize_dequantize_per_token(x: Any, qmax: int) -> Any:
+        return by_token(x, qmax=qmax)
 
     def decode(tensors: Sequence[Any], names: str, format: str, shape: Sequence[int]) -> Any:
         return decoding(*tensors, names=names, format=format, shape=shape)
 
     return {
         torch.ops.gracile.quantize_dequantize.default: quantize_dequantize,
+        torch.ops.gracile.quantize_dequantize_per_token.default: quantize_dequantize_per_token,
         torch.ops.gracile.decode.default: decode,
     }
 

@@ -56,6 +56,7 @@ FORMATS: list[Format | gc.Scheme] = [
     FixedPoint(256),
     gc.W8A8,
     gc.formats.W7A8,
+    gc.formats.W8A8Dynamic,
     gc.W4A8,
     gc.W2A2,
 ]

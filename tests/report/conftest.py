@@ -41,7 +41,12 @@ def make_steps():
         else:
             reason = "its output is added to a shortcut of fixed width"
             cut.append(LayerRow(name=name, kind="Conv2d", action="skipped", reason=reason))
-        quantized.append(LayerRow(name=name, kind="Conv2d", action="quantized", bits=8.0, error=0.004 + 0.0007 * i))
+        quantized.append(
+            LayerRow(
+                name=name, kind="Conv2d", action="quantized", bits=8.0, error=0.004 + 0.0007 * i,
+                format="int8 per channel, inputs uint8 per tensor", range=(0.0, 4.25), clipped=0.0012,
+            )
+        )  # fmt: skip
     cut.append(LayerRow(name="linear", kind="Linear", action="skipped", reason="its output is the model's output"))
     quantized.append(LayerRow(name="linear", kind="Linear", action="quantized", bits=8.0, error=0.011))
     return (

@@ -360,3 +360,17 @@ def test_a_convolution_before_a_pooling_has_a_grid_for_its_output() -> None:
     Quantize(W8A8)(model, Context(Data(calibration=data), copy.deepcopy(model), copy.deepcopy(model)))
     assert model[0].output_format is None
     assert model[2].output_format is not None and model[2].output_format.bits == 8
+
+
+def test_rows_name_formats_ranges_and_what_they_clip() -> None:
+    seen = torch.cat([torch.linspace(-1, 3, 7992), torch.full((8,), 30.0)]).view(-1, 8)
+    model = mlp()
+    context = Context(Data(calibration=[seen]), model, model)
+    scheme = Scheme("own", Int(4), Int(8, PerTensor(), symmetric=False))
+    row = Quantize(scheme, ranges=Percentile(99))(copy.deepcopy(model), context).layers[0]
+    assert row.format == "int4 per channel, inputs uint8 per tensor"
+    assert row.range is not None
+    assert row.range == pytest.approx((-0.96, 2.96), abs=0.05)
+    assert row.clipped == pytest.approx(0.02, abs=0.005)
+    row = Quantize(W4A16(4, symmetric=False), correct=False)(copy.deepcopy(model), context).layers[0]
+    assert (row.format, row.range, row.clipped) == ("uint4 per group of 4", None, None)

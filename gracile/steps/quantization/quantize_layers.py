@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gracile.context import Context
 from gracile.errors import ConfigError, DataError, NothingChangedError
-from gracile.formats import Format, Int, Levels, MidRise, PerChannel, Scheme, format_to_config
+from gracile.formats import Format, Int, Levels, MidRise, PerChannel, Scheme, format_title, format_to_config, is_dynamic
 from gracile.graph import Trace
 from gracile.layer_stats import LayerStats
 from gracile.nn import QuantizedLayer, quantize_layer, quantized_kind, recurrent_kind
@@ -25,6 +25,9 @@ from gracile.stats.rows import CONVOLUTIONS
 from gracile.steps.quantization.grids import least_error_scale
 from gracile.steps.quantization.tied import why_apart
 from gracile.surgery import Swap, apply
+
+#: What the report says of layers other than linear ones where scales of inputs are found token by token.
+WEIGHTS_ONLY = "weights only: its inputs have no tokens"
 
 #: Operators between a convolution and the next quantized layer that integer kernels take into the convolution.
 ABSORBED = frozenset({"relu", "hardtanh", "clamp", "relu6"})
@@ -135,7 +138,9 @@ class Encoder:
         config: dict[str, Any] = {"weight": format_to_config(fmt), "input": None, "output": None}
         tensors = {f"weight_{key}": value for key, value in encoded.items() if key != "shape"}
         stats = self.stats.get(name)
-        if stats is not None and isinstance(scheme.input, Int):
+        if is_dynamic(scheme.input) and isinstance(old, nn.Linear):
+            config["input"] = format_to_config(scheme.input)
+        elif stats is not None and isinstance(scheme.input, Int):
             sides = {"input": (stats.input, scheme.input)}
             if name in self.outputs:  # read by a sum or the like, which no kernel computes in fewer bits
                 sides["output"] = (stats.output, replace(scheme.input, bits=8))
@@ -179,9 +184,26 @@ class Encoder:
                 action="quantized",
                 bits=8 * sum(t.nbytes for key, t in encoded.items() if key != "shape") / old.weight.numel(),
                 sparsity=float((new.decoded_weight() == 0).float().mean()),
+                format=_title(layer),
+                **self._input_range(name, layer),
                 error=float(error),
+                reason=WEIGHTS_ONLY if is_dynamic(scheme.input) and layer.input_format is None else None,
             )
         )
+
+    def _input_range(self, name: str, layer: QuantizedLayer) -> dict[str, Any]:
+        """The range of a layer's inputs, and how much of what calibration saw lies beyond."""
+        fmt, stats = layer.input_format, self.stats.get(name)
+        if fmt is None or is_dynamic(fmt) or stats is None or stats.input is None:
+            return {}
+        scale, zero_point = float(layer.input_scale), int(layer.input_zero_point)
+        low, high = scale * (fmt.qmin - zero_point), scale * (fmt.qmax - zero_point)
+        return {"range": (low, high), "clipped": stats.input.share_outside(low, high)}
+
+
+def _title(layer: QuantizedLayer) -> str:
+    title = format_title(layer.weight_format)
+    return title if layer.input_format is None else f"{title}, inputs {format_title(layer.input_format)}"
 
 
 def layers_with_output_grids(model: nn.Module, layers: list[str], traced: Trace) -> frozenset[str]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gracile.errors import ConfigError, DataError
-from gracile.formats import Format, Int, format_to_config
+from gracile.formats import Format, Int, format_title, format_to_config
 from gracile.nn import EncodedWeight, recurrent_kind
 from gracile.ranges.base import Range
 from gracile.recipe import Recorder
@@ -60,6 +60,7 @@ def quantize_recurrent(model: nn.Module, layers: Sequence[str], fmt: Format, ran
                 kind=type(old).__name__,
                 action="quantized",
                 bits=8 * nbytes / count,
+                format=format_title(fmt),
                 error=error / max(signal, 1e-30),
                 reason=STORED,
             )

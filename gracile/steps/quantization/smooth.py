@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from gracile.context import Context
 from gracile.equalize import InputScales
-from gracile.formats import Int, Scheme
+from gracile.formats import Int, Scheme, is_dynamic
 from gracile.layer_stats import LayerStats
-from gracile.nn.ops import quantize_dequantize
+from gracile.nn.ops import quantize_dequantize, quantize_dequantize_per_token
 from gracile.ranges import MinMax
 from gracile.ranges.base import Range
 from gracile.recipe import Recorder
@@ -80,6 +80,8 @@ def _rounded(weight: Tensor, inputs: Tensor, scheme: Scheme, ranges: Range) -> t
         weight = fmt.decode(fmt.encode(weight))
     if not isinstance(scheme.input, Int):
         return weight, inputs
+    if is_dynamic(scheme.input):
+        return weight, quantize_dequantize_per_token(inputs, scheme.input.qmax)
     histogram = StreamingHistogram()
     histogram.update(inputs)
     scale, zero_point = ranges.activation(histogram.freeze(), scheme.input)
