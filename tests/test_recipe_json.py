@@ -43,6 +43,7 @@ STEPS = [
     gc.Quantize(gc.formats.W8A8Dynamic),
     gc.Quantize(gc.W8A16, ranges=gc.ranges.MinMax()),
     gc.Quantize(gc.W8A8, ranges=gc.ranges.Entropy(thresholds=32)),
+    gc.Quantize(gc.W8A8, ranges=gc.ranges.Automatic((gc.ranges.MinMax(), gc.ranges.MSE(thresholds=9)), batches=3)),
     gc.Quantize(gc.W8A8, ranges=gc.ranges.MovingAverage(rate=0.1)),
     gc.Quantize(gc.W8A8, equalize=gc.equalize.SmoothQuant(alphas=(0.5, 0.7), minimum_gain=1.5)),
     gc.Quantize(gc.W4A16(group=8), equalize=gc.equalize.AWQ(alphas=(0.5,)), solver=gc.solvers.GPTQ(beam=2)),

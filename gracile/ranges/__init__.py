@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gracile.ranges.automatic import Automatic
 from gracile.ranges.base import Range
 from gracile.ranges.entropy import Entropy
 from gracile.ranges.min_max import MinMax
@@ -9,4 +10,4 @@ from gracile.ranges.moving_average import MovingAverage
 from gracile.ranges.mse import MSE
 from gracile.ranges.percentile import Percentile
 
-__all__ = ["MSE", "Entropy", "MinMax", "MovingAverage", "Percentile", "Range"]
+__all__ = ["MSE", "Automatic", "Entropy", "MinMax", "MovingAverage", "Percentile", "Range"]

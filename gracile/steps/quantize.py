@@ -13,7 +13,7 @@ from gracile.formats import Format, Scheme, is_dynamic
 from gracile.goal import Bytes
 from gracile.graph import Trace, trace
 from gracile.nn import QuantizedLayer, quantized_kind
-from gracile.ranges import MSE, Range
+from gracile.ranges import MSE, Automatic, Range
 from gracile.recipe import Recorder, Step
 from gracile.report.model import LayerRow, StepRecord
 from gracile.select import check_exclude
@@ -22,6 +22,7 @@ from gracile.solvers import BlockSolver, RoundingSolver
 from gracile.stats.collect import collect_activations, first_batch
 from gracile.stats.match import output_error, split_batches
 from gracile.steps.correct import copy_model, correct_statistics
+from gracile.steps.quantization.choose_ranges import choose_ranges, describe_ranges
 from gracile.steps.quantization.equalize_layers import equalize_layers
 from gracile.steps.quantization.fold import fold_batch_norms
 from gracile.steps.quantization.mixed_precision import choose_schemes, measure_losses
@@ -47,7 +48,7 @@ class Quantize(Step):
         the forward: solvers.GPTQ(), or AdaRound() or SignRound(), which go on from there block by block. Needs
         calibration data. None: every weight goes to the nearest code.
     ranges: how scales are found from weights and from what calibration saw: MinMax(), Percentile(), Entropy(),
-        MovingAverage(), MSE().
+        MovingAverage(), MSE(), or Automatic() for the best of several for each layer.
     equalize: SmoothQuant() moves outliers of a linear layer's input channels into its weight, where that lowers the
         layer's output error; needs a scheme with an input format. AWQ() scales weights that read large inputs up, in
         schemes without one. CrossLayer() shares scales out between layers that follow each other, where that lowers the
@@ -218,6 +219,10 @@ class Quantize(Step):
         if self._measures_inputs and traced is not None:
             smoothing = self._smooth(model, alone, context, recorder)
             encoder = replace(self._measure(model, layers, traced, smoothing, context), folded=folded)
+            if isinstance(self.ranges, Automatic):
+                chosen = choose_ranges(model, schemes, encoder.stats, smoothing, self.ranges, context.data)
+                recorder.notes.append(describe_ranges(chosen))
+                encoder = replace(encoder, chosen=chosen)
             for name in [name for name in layers if name not in encoder.stats]:
                 recorder.skip(name, type(model.get_submodule(name)).__name__, "never called on the calibration batches")
                 layers.remove(name)

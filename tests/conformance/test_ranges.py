@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gracile.formats import Int, PerChannel, PerGroup, PerTensor
-from gracile.ranges import MSE, Entropy, MinMax, MovingAverage, Percentile, Range
+from gracile.ranges import MSE, Automatic, Entropy, MinMax, MovingAverage, Percentile, Range
 from gracile.stats.histogram import StreamingHistogram
 
 MEMBERS: list[Range] = [
@@ -17,6 +17,7 @@ MEMBERS: list[Range] = [
     MSE(thresholds=20, power=2.4),
     Entropy(),
     MovingAverage(),
+    Automatic(),
 ]
 
 ACTIVATION_FORMATS = [Int(8, PerTensor(), symmetric=False), Int(4, PerTensor(), symmetric=False), Int(8, PerTensor())]

@@ -7,7 +7,7 @@ import torch
 from gracile.errors import ConfigError
 from gracile.formats import Int, PerChannel, PerGroup, PerTensor
 from gracile.layer_stats import Histogram
-from gracile.ranges import MSE, Entropy, MinMax, MovingAverage, Percentile
+from gracile.ranges import MSE, Automatic, Entropy, MinMax, MovingAverage, Percentile
 from gracile.stats.histogram import StreamingHistogram
 
 U8 = Int(8, PerTensor(), symmetric=False)
@@ -172,3 +172,43 @@ def test_moving_average_is_that_of_pytorch() -> None:
     )
     with pytest.raises(ConfigError, match="rate"):
         MovingAverage(rate=0)
+
+
+def squared_error(decoded: torch.Tensor, values: torch.Tensor) -> np.ndarray:
+    return ((decoded - values).numpy().astype(np.float64) ** 2).sum(-1)
+
+
+@pytest.mark.parametrize("fmt", [U8, U4], ids=str)
+@pytest.mark.parametrize("outlier", [1.0, 300.0])
+def test_automatic_takes_the_candidate_of_least_error(fmt: Int, outlier: float) -> None:
+    values = normal(100_000)
+    values[0] = outlier
+    candidates = (Entropy(), MinMax(), Percentile(99.0), MSE())
+    found = {c: c.activation(histogram_of(values), fmt) for c in (*candidates, Automatic(candidates))}
+    errors = {c: squared_error(fmt.dequantize(fmt.quantize(values, *grid), *grid), values) for c, grid in found.items()}
+    # bins of a 2048th of the range blur what error a candidate has
+    assert errors.pop(Automatic(candidates)) <= 1.02 * min(errors.values())
+    assert max(errors.values()) > 1.1 * min(errors.values())
+
+
+@pytest.mark.parametrize("fmt", [Int(4), Int(4, symmetric=False), Int(3, PerGroup(8))], ids=str)
+def test_automatic_takes_for_each_row_what_serves_it_best(fmt: Int) -> None:
+    rows = normal(12, 64)
+    rows[::2, 0] = 12.0
+    candidates = (MinMax(), Percentile(90.0), MSE(thresholds=9))
+    importance = normal(64, seed=1).square()
+    errors = []
+    for range_ in (*candidates, Automatic(candidates)):
+        scale, zero = (t.unsqueeze(1).float() for t in range_.rows(rows, fmt, importance))
+        codes = (torch.round(rows / scale) + zero).clamp(fmt.qmin, fmt.qmax)
+        errors.append(((((codes - zero) * scale) - rows).square() * importance).sum(1))
+    torch.testing.assert_close(errors[-1], torch.stack(errors[:-1]).amin(0))
+    assert len(torch.stack(errors[:-1]).argmin(0).unique()) > 1
+
+
+@pytest.mark.parametrize("bad", [{"candidates": (MSE(),)}, {"candidates": (MSE(), "MinMax")}, {"batches": 0}])
+def test_automatic_refuses_what_leaves_no_choice(bad: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="Automatic"):
+        Automatic(**bad)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="of its own"):
+        Automatic((MSE(), Automatic()))

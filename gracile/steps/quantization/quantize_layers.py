@@ -80,7 +80,8 @@ class Encoder:
 
     ranges: how scales are found. stats: layer -> histograms of its input and output; none where inputs stay float.
     outputs: layers whose output needs a grid too. smoothing: layer -> what its inputs are divided by, and its weight
-    multiplied. folded: layer -> ε of the batch norm that was folded into it.
+    multiplied. folded: layer -> ε of the batch norm that was folded into it. chosen: what finds the scale of a layer's
+    input of some format, where that is not `ranges`.
     """
 
     ranges: Range
@@ -88,6 +89,7 @@ class Encoder:
     outputs: frozenset[str] = frozenset()
     smoothing: Mapping[str, Tensor] = field(default_factory=dict)
     folded: Mapping[str, float] = field(default_factory=dict)
+    chosen: Mapping[tuple[str, Int], Range] = field(default_factory=dict)
 
     def weight(self, name: str, layer: nn.Module) -> Tensor:
         """The float weight that the codes of the layer stand for."""
@@ -146,7 +148,8 @@ class Encoder:
                 sides["output"] = (stats.output, replace(scheme.input, bits=8))
             for side, (histogram, grid) in sides.items():
                 if histogram is not None:
-                    scale, zero_point = self.ranges.activation(histogram, grid)
+                    ranges = self.chosen.get((name, grid), self.ranges) if side == "input" else self.ranges
+                    scale, zero_point = ranges.activation(histogram, grid)
                     config[side] = format_to_config(grid)
                     tensors[f"{side}_scale"], tensors[f"{side}_zero_point"] = scale, zero_point
         if name in self.smoothing:
