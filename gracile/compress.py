@@ -52,7 +52,8 @@ def compress(
     teacher: what Distill learns from; None: the model itself as it is now.
     target: a runtime on which before and after are exported, judged and timed. None: judged in PyTorch, not timed.
     seed: of all randomness; the same seed gives the same weights.
-    run_dir: a directory in which every finished step (and epoch) is kept; the same call goes on there after a kill.
+    run_dir: a directory in which every finished step is kept, and in it every epoch and every layer that a solver has
+        rounded; the same call goes on there after a kill.
     inplace: change the model given instead of a copy, once all steps are done.
 
     Raises a GracileError before anything is changed if the model, data or settings cannot work together.

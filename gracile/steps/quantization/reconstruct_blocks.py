@@ -26,6 +26,7 @@ from gracile.solvers.block_rounding import Choice
 from gracile.stats.match import match_statistics, output_error, split_batches
 from gracile.steps.pruning.sequence import called_once
 from gracile.steps.quantization.block_calls import Call, Calls, main_output
+from gracile.steps.quantization.finished_parts import FinishedParts
 from gracile.steps.quantization.grids import grid_of
 
 #: How often a solver that stays on the grid looks what all batches say.
@@ -59,6 +60,8 @@ def reconstruct_blocks(
 ) -> Reconstruction:
     """Choose the roundings of quantized layers anew, block after block in the order of the forward; in place.
 
+    Finished blocks are kept in the context's directory, and a step that was interrupted goes on behind them.
+
     traced: of the reference. weights: layer -> the float weight that its codes stand for. A block that is no better for
     it on held-out batches, and in the end the whole model, is put back.
     """
@@ -67,15 +70,18 @@ def reconstruct_blocks(
     whole = {name: t.clone() for name, t in model.state_dict().items()}
     order = [name for name in called_once(reference, traced) if _has_grid(model, name, weights, ranges)]
     blocks = _blocks(reference, order, fitted[0], context)
-    found.blocks = len(blocks)
+    found.blocks, finished = len(blocks), FinishedParts(context.directory, "reconstructed")
     with eval_mode(model, reference), torch.random.fork_rng(devices=[]):
         for done, (block, layers) in enumerate(blocks.items()):
             torch.manual_seed(context.generator("reconstruct", block).initial_seed())
-            calls = Calls(model, reference, block, context)
-            of_block = {name: weights[name] for name in layers}
-            gain = _reconstruct(calls, of_block, fitted, held_out, solver, ranges)
-            if gain < 1:
-                found.gains[block] = gain
+            numbers = finished.restore(block, done, model, [block])
+            if numbers is None:
+                calls = Calls(model, reference, block, context)
+                of_block = {name: weights[name] for name in layers}
+                numbers = {"gain": _reconstruct(calls, of_block, fitted, held_out, solver, ranges)}
+                finished.keep(block, done, model, [block], numbers)
+            if numbers["gain"] < 1:
+                found.gains[block] = numbers["gain"]
             context.progress("reconstruct", done + 1, len(blocks), block)
     match_statistics(model, reference, context.data, {})  # other codes have other means
     found.after = output_error(model, reference, context.data, held_out)

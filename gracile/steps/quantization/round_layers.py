@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from gracile.stats.match import output_error, split_batches
 from gracile.stats.moments import CannotRefitError, LayerMoments
 from gracile.stats.rows import unfoldable
 from gracile.steps.pruning.sequence import called_once, targets_of
+from gracile.steps.quantization.finished_parts import FinishedParts, states_of
 from gracile.steps.quantization.grids import grid_of
 from gracile.steps.quantization.round_recurrent import round_recurrent
 from gracile.steps.quantization.solve_rounding import LayerRounding, solve_rounding
@@ -43,6 +45,15 @@ class Rounding:
     nearest_error: float = math.inf
     kept: bool = False
 
+    def take(self, name: str, gain: float = 1.0, error: float = 0.0, raised: int = 0, skipped: str = "") -> None:
+        """Note how one layer came out."""
+        if skipped:
+            self.skipped[name] = skipped
+            return
+        self.gains[name], self.errors[name] = gain, error
+        if raised:
+            self.raised[name] = raised
+
 
 def round_in_sequence(
     model: nn.Module,
@@ -58,7 +69,8 @@ def round_in_sequence(
 
     Each layer is solved for what it gave in the reference, on the inputs that the layers before it, rounded already,
     and the grids of activations give it now; its bias takes up what is left of the mean. If the outputs on held-out
-    batches come out no nearer to the reference's, all layers are rounded to nearest again.
+    batches come out no nearer to the reference's, all layers are rounded to nearest again. Finished layers are kept in
+    the context's directory, and a step that was interrupted goes on behind them.
 
     reference: the float model of the same layers. traced: of it. weights: layer -> the float weight that its codes
     stand for. recurrent: layers of these, whose matrices are solved one after another (`round_recurrent`).
@@ -78,19 +90,15 @@ def round_in_sequence(
     targets = targets_of(reference, traced, [name for name in order if name in weights], context)
     moments = LayerMoments(model, targets, norms=dict(traced.batch_norm_pairs()))
     changed = [*order, *(moments.norms[name] for name in order if name in moments.norms)]
-    before = {name: _state(model, name) for name in changed}
+    before, finished = states_of(model, changed), FinishedParts(context.directory, "rounded")
     with eval_mode(model, reference):
         for done, name in enumerate(order):
-            try:
-                if name in recurrent:
-                    solved = _round_recurrent(moments, name, solver, ranges)
-                else:
-                    solved = round_layer(moments, name, weights[name], solver, ranges)
-                found.gains[name], found.errors[name] = solved.gain, solved.error
-                if solved.raised:
-                    found.raised[name] = solved.raised
-            except CannotRefitError as failure:
-                found.skipped[name] = str(failure)
+            touched = [name, *([moments.norms[name]] if name in moments.norms else [])]
+            numbers = finished.restore(name, done, model, touched)
+            if numbers is None:
+                numbers = _round_one(moments, name, weights.get(name), solver, ranges)
+                finished.keep(name, done, model, touched, numbers)
+            found.take(name, **numbers)
             context.progress("round", done + 1, len(order))
     moments.replay.clear()
     found.error = output_error(model, reference, context.data, held_out)
@@ -159,6 +167,18 @@ def round_layer(
     return solved.gains
 
 
+def _round_one(
+    moments: LayerMoments, name: str, weight: Tensor | None, solver: RoundingSolver, ranges: Range
+) -> dict[str, Any]:
+    """How a layer came out, as plain data. weight: None for recurrent layers."""
+    try:
+        if weight is None:
+            return asdict(_round_recurrent(moments, name, solver, ranges))
+        return asdict(round_layer(moments, name, weight, solver, ranges))
+    except CannotRefitError as failure:
+        return {"skipped": str(failure)}
+
+
 def _round_recurrent(moments: LayerMoments, name: str, solver: RoundingSolver, ranges: Range) -> LayerRounding:
     """The same for the matrices of a recurrent layer."""
     targets = moments.targets
@@ -178,7 +198,3 @@ def _format(layer: nn.Module) -> Format | None:
     if isinstance(layer, QuantizedRecurrent):
         layer = next(iter(layer.encoded.values()))
     return layer.weight_format if isinstance(layer, QuantizedLayer) else None
-
-
-def _state(model: nn.Module, name: str) -> dict[str, Tensor]:
-    return {key: value.clone() for key, value in model.get_submodule(name).state_dict().items()}
