@@ -15,9 +15,9 @@ from gracile.environment import has_int8_dot_product
 from gracile.errors import ModelError, TargetError
 from gracile.evaluate.latency import Latency, measure_latency
 from gracile.evaluate.parity import Parity, measure_parity
-from gracile.formats import Format, Int, MidRise
+from gracile.formats import Format, Int, MidRise, format_title
 from gracile.modes import eval_mode
-from gracile.nn import QuantizedLayer, QuantizedRecurrent
+from gracile.nn import EncodedWeight, QuantizedLayer, QuantizedRecurrent
 from gracile.targets.base import Target
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def export(
     beside = written.with_name(f"{written.name}.data")
     size = sum(file.stat().st_size for file in (written, beside) if file.exists())
     return ExportEvidence(
-        path=written, target=target.name, size_bytes=size, parity=parity, latency=latency, notes=_notes(model)
+        path=written, target=target.name, size_bytes=size, parity=parity, latency=latency, notes=_notes(model, target)
     )
 
 
@@ -101,12 +101,18 @@ def _in_eight_bits(fmt: Format) -> bool:
     return isinstance(fmt, Int) and (fmt.bits, fmt.symmetric) == (8, True)
 
 
-def _notes(model: nn.Module) -> tuple[str, ...]:
+def _notes(model: nn.Module, target: Target) -> tuple[str, ...]:
     """What the file does not keep in few bits, and 8-bit weights where kernels add two products in 16 bits."""
     overflowing = [
         name
         for name, layer in model.named_modules()
         if isinstance(layer, QuantizedLayer) and layer.input_format is not None and _in_eight_bits(layer.weight_format)
+    ]
+    floating = [
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, QuantizedLayer) and not isinstance(layer, EncodedWeight)
+        if not isinstance(layer.weight_format, (Int, MidRise))
     ]
     recurrent = [name for name, layer in model.named_modules() if isinstance(layer, QuantizedRecurrent)]
     notes = []
@@ -114,6 +120,12 @@ def _notes(model: nn.Module) -> tuple[str, ...]:
         notes.append(
             f"The weights of {', '.join(recurrent)} are decoded in the file: no runtime computes recurrent layers in "
             f"few bits. They are small in the saved model only."
+        )
+    if floating and target.suffix == ".onnx":
+        titles = sorted({format_title(model.get_submodule(name).weight_format) for name in floating})  # type: ignore[arg-type]
+        notes.append(
+            f"{len(floating)} layers ({', '.join(titles)}) are written as floating point: no kernel takes these "
+            f"formats. They are small in the saved model only."
         )
     if overflowing and not has_int8_dot_product():
         notes.append(

@@ -14,7 +14,7 @@ from gracile.compress import compress
 from gracile.data import Data
 from gracile.errors import GracileError, ModelError, TargetError
 from gracile.export import export
-from gracile.formats import W7A8, W8A8, MidRise, Scheme
+from gracile.formats import W7A8, W8A8, MidRise, Scheme, Ternary
 from gracile.steps import Quantize
 from gracile.targets import OnnxRuntime, PyTorch
 
@@ -62,6 +62,16 @@ def test_mistakes_are_named_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(GracileError):
         export(nn.Linear(4, 2), OnnxRuntime(), tmp_path / "m.onnx", torch.randn(3, 5))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_formats_without_kernels_are_noted(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 3)).eval(), torch.randn(8, 16)
+    small = compress(model, Quantize(Ternary()), Data()).model
+    found = export(small, OnnxRuntime(), tmp_path / "m.onnx", x, seconds=0.1)
+    assert [note for note in found.notes if note.startswith("2 layers (Ternary per channel) are written as floating")]
+    assert found.parity.max_error < 1e-5
+    assert export(small, PyTorch(), tmp_path / "m.pt2", x, seconds=0.1).notes == ()  # which keeps the codes
 
 
 @pytest.mark.parametrize("dot_product", [True, False])

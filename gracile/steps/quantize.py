@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import KW_ONLY, dataclass, replace
 
 from torch import Tensor, nn
@@ -20,10 +21,9 @@ from gracile.select import check_exclude
 from gracile.sharing import tied_groups
 from gracile.solvers import BlockSolver, RoundingSolver
 from gracile.stats.collect import collect_activations, first_batch
-from gracile.stats.match import output_error, split_batches
 from gracile.steps.correct import copy_model, correct_statistics
 from gracile.steps.quantization.choose_ranges import choose_ranges, describe_ranges
-from gracile.steps.quantization.equalize_layers import equalize_layers
+from gracile.steps.quantization.equalize_layers import equalize_where_better
 from gracile.steps.quantization.fold import fold_batch_norms
 from gracile.steps.quantization.mixed_precision import choose_schemes, measure_losses
 from gracile.steps.quantization.prepared import Prepared
@@ -32,8 +32,11 @@ from gracile.steps.quantization.quantize_recurrent import check_recurrent, quant
 from gracile.steps.quantization.reconstruct_blocks import reconstruct_blocks, record_reconstruction
 from gracile.steps.quantization.round_layers import record_rounding, round_in_sequence
 from gracile.steps.quantization.smooth import smooth
+from gracile.steps.quantization.storage import stored_only
 from gracile.steps.quantization.tied import tie
 from gracile.surgery import Swap
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,12 @@ class Quantize(Step):
         return f"Quantize to {names}" + ("" if self.to is None else f" within {self.to}")
 
     def check(self, model: nn.Module, context: Context) -> None:
+        stored = stored_only(self._options, context.target)
+        if stored is not None:
+            logger.warning("%s: %s", self.title, stored)
+        self._check_data(context)
+
+    def _check_data(self, context: Context) -> None:
         if context.data.has_calibration:
             return
         if self._measures_inputs and self.to is None and self.solver is None:
@@ -166,8 +175,9 @@ class Quantize(Step):
             )
 
     def __call__(self, model: nn.Module, context: Context) -> StepRecord:
-        self.check(model, context)
+        self._check_data(context)
         recorder = Recorder(self)
+        recorder.notes += filter(None, [stored_only(self._options, context.target)])
         ready = self._prepare(model, context, recorder)
         encoder, traced, layers = ready.encoder, ready.traced, ready.layers
         chosen = {name: found[0] for name, found in ready.schemes.items()}
@@ -212,7 +222,8 @@ class Quantize(Step):
         looks = self._measures_inputs or self.solver is not None or self.to is not None or self.equalize is not None
         traced = _traced(model, context) if looks else None
         if isinstance(self.equalize, CrossLayer) and traced is not None:
-            self._equalize(model, alone, traced, context, recorder)
+            plain = replace(self, equalize=None, solver=None, correct=False)
+            equalize_where_better(model, alone, traced, self.equalize, plain, context, recorder)
         # Folded and equalized too, since its layers' outputs are what biases are corrected to.
         compares = self.correct or self.solver is not None
         reference = copy_model(model) if compares and context.data.has_calibration else None
@@ -286,33 +297,6 @@ class Quantize(Step):
             recorder.edits.append(Swap(norm, "Identity"))
             recorder.layers.append(LayerRow(name=norm, kind="BatchNorm", action="folded", reason=f"into {layer}"))
         return {layer: epsilons[norm] for layer, norm in folded}
-
-    def _equalize(
-        self, model: nn.Module, layers: list[str], traced: Trace, context: Context, recorder: Recorder
-    ) -> None:
-        """Cross-layer equalization in place, if the quantized model is nearer to the original with it than without."""
-        assert isinstance(self.equalize, CrossLayer)
-        equalized = copy_model(model)
-        changed = equalize_layers(equalized, layers, traced, self.equalize)
-        if not changed:
-            recorder.notes.append("CrossLayer: no two layers follow each other with only ReLU or pooling between them.")
-            return
-        plain = replace(self, equalize=None, solver=None, correct=False)
-        held_out = split_batches(context.data)[1]
-        errors = []
-        for net in (model, equalized):
-            trial = copy_model(net)
-            plain(trial, context)
-            errors.append(output_error(trial, model, context.data, held_out))
-        kept = errors[1] < errors[0]
-        if kept:
-            model.load_state_dict(equalized.state_dict())
-            kinds = {name: type(model.get_submodule(name)).__name__ for name in changed}
-            recorder.layers.extend(LayerRow(name=n, kind=kind, action="equalized") for n, kind in kinds.items())
-        recorder.notes.append(
-            f"CrossLayer equalization of {len(set(changed))} layers {'was kept' if kept else 'was taken back'}: output "
-            f"error on held-out batches {errors[1]:.3g} with it, {errors[0]:.3g} without."
-        )
 
     def _smooth(self, model: nn.Module, layers: list[str], context: Context, recorder: Recorder) -> dict[str, Tensor]:
         """What divides the inputs of linear layers and multiplies their weights."""

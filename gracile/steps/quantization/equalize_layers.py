@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gracile.context import Context
 from gracile.equalize import CrossLayer
 from gracile.graph import Trace
+from gracile.recipe import Recorder, Step
+from gracile.report.model import LayerRow
+from gracile.stats.match import output_error, split_batches
 from gracile.stats.rows import CONVOLUTIONS
+from gracile.steps.correct import copy_model
 
 
 @torch.no_grad()
@@ -70,3 +75,38 @@ def _scale(first: Any, second: Any, factors: Tensor) -> None:
     else:
         shape[1] = -1
     second.weight.copy_(second.weight.double() * factors.reshape(shape))
+
+
+def equalize_where_better(
+    model: nn.Module,
+    layers: Sequence[str],
+    traced: Trace,
+    equalize: CrossLayer,
+    quantize: Step,
+    context: Context,
+    recorder: Recorder,
+) -> None:
+    """Cross-layer equalization in place, if the quantized model is nearer to the original with it than without.
+
+    quantize: the step that both are judged by, on held-out batches.
+    """
+    equalized = copy_model(model)
+    changed = equalize_layers(equalized, layers, traced, equalize)
+    if not changed:
+        recorder.notes.append("CrossLayer: no two layers follow each other with only ReLU or pooling between them.")
+        return
+    held_out = split_batches(context.data)[1]
+    errors = []
+    for net in (model, equalized):
+        trial = copy_model(net)
+        quantize(trial, context)
+        errors.append(output_error(trial, model, context.data, held_out))
+    kept = errors[1] < errors[0]
+    if kept:
+        model.load_state_dict(equalized.state_dict())
+        kinds = {name: type(model.get_submodule(name)).__name__ for name in changed}
+        recorder.layers.extend(LayerRow(name=n, kind=kind, action="equalized") for n, kind in kinds.items())
+    recorder.notes.append(
+        f"CrossLayer equalization of {len(set(changed))} layers {'was kept' if kept else 'was taken back'}: output "
+        f"error on held-out batches {errors[1]:.3g} with it, {errors[0]:.3g} without."
+    )
