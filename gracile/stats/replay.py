@@ -79,7 +79,7 @@ class Replay:
         expected = read_inputs(self.model, [layer], lambda model: self.data.forward(model, self.batches[0]))
         found = read_inputs(self.model, [layer], lambda model: self.run(0))
         again = read_inputs(self.model, [layer], lambda model: self.run(0))
-        same = all(torch.equal(expected[layer], each[layer]) for each in (found, again))
+        same = all(_equal(expected[layer], each[layer]) for each in (found, again))
         if not same or self._nbytes() > HELD_BYTES:
             self.clear()
             self.works = False
@@ -127,6 +127,12 @@ def _noting(model: nn.Module, names: Sequence[str], found: dict[str, Any]) -> It
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two inputs, tensors or packed sequences, are the same in every bit."""
+    leaves = [tree_leaves(each) for each in (a, b)]
+    return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in zip(*leaves, strict=True))
 
 
 def _without_values(output: Any) -> Any:

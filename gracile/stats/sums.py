@@ -81,12 +81,13 @@ def _read(
     handles = []
     for name in layers:
 
-        def on_input(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-            inputs[name] = args[0].clone() if len(layers) > 1 else args[0]  # later operators may write into it
+        def on_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name) -> None:
+            given = args[0] if args else next(iter(kwargs.values()))
+            inputs[name] = given.clone() if len(layers) > 1 else given  # later operators may write into it
             if then is None and len(inputs) == len(layers):
                 raise Reached
 
-        handles.append(model.get_submodule(name).register_forward_pre_hook(on_input))
+        handles.append(model.get_submodule(name).register_forward_pre_hook(on_input, with_kwargs=True))
     try:
         if then is None:
             run(model)

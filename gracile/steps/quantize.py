@@ -182,13 +182,14 @@ class Quantize(Step):
         encoder, traced, layers = ready.encoder, ready.traced, ready.layers
         chosen = {name: found[0] for name, found in ready.schemes.items()}
         if self.to is not None and traced is not None:
+            options, correct = {name: ready.schemes[name] for name in ready.units}, self.correct
             chosen = choose_schemes(
-                model, traced, ready.schemes, self.to, encoder, self.solver, context, recorder, correct=self.correct
+                model, traced, options, ready.units, self.to, encoder, self.solver, context, recorder, correct=correct
             )
         for name in layers:
             encoder.swap(model, name, chosen[name], recorder)
         tie(model, ready.tied, recorder)
-        quantize_recurrent(model, ready.recurrent, self._options[0].weight, self.ranges, recorder)
+        quantize_recurrent(model, {name: chosen[name].weight for name in ready.recurrent}, self.ranges, recorder)
         if ready.reference is not None and traced is not None and self.solver is not None:
             self._round(model, ready, traced, context, recorder)
         if ready.reference is not None and self.correct:
@@ -203,14 +204,15 @@ class Quantize(Step):
         self.check(model, context)
         ready = self._prepare(model, context, Recorder(self))
         assert ready.traced is not None, "a budget is needed to choose"
+        options = {name: ready.schemes[name] for name in ready.units}
         return measure_losses(
-            model, ready.traced, ready.schemes, ready.encoder, self.solver, context, correct=self.correct
+            model, ready.traced, options, ready.units, ready.encoder, self.solver, context, correct=self.correct
         )
 
     def _prepare(self, model: nn.Module, context: Context, recorder: Recorder) -> Prepared:
         """Fold, equalize and measure; all that comes before the first layer is quantized."""
-        layers, recurrent = self._quantizable(model, context, recorder)
-        check_recurrent(model, recurrent, self._options[0].weight)
+        layers, recurrent = quantizable(model, self.exclude, context, recorder)
+        check_recurrent(model, recurrent, [scheme.weight for scheme in self._options])
         tied = [group for group in tied_groups(model, "weight") if group[0] in layers]
         alone = [name for name in layers if not any(name in group for group in tied)]
         schemes = self._schemes(model, layers, tied, context)
@@ -241,23 +243,8 @@ class Quantize(Step):
             encoder = Encoder(self.ranges, smoothing=self._smooth(model, alone, context, recorder))
         if not layers and not recurrent:
             raise NothingChangedError("Quantize: no layer was quantized.\n  The report's skipped rows say why.")
-        schemes = {name: schemes[name] for name in layers}
+        schemes = {name: schemes[name] for name in layers} | dict.fromkeys(recurrent, self._options)
         return Prepared(layers, recurrent, tied, schemes, encoder, traced, reference)
-
-    def _quantizable(self, model: nn.Module, context: Context, recorder: Recorder) -> tuple[list[str], list[str]]:
-        """The layers to quantize, and the recurrent ones. Those, as tied ones, have one format and no choice of it."""
-        layers, recurrent = quantizable(model, self.exclude, context, recorder)
-        if self.to is None:
-            return layers, recurrent
-        tied = {name for group in tied_groups(model, "weight") for name in group}
-        for name in (*recurrent, *[name for name in layers if name in tied]):
-            recorder.skip(name, type(model.get_submodule(name)).__name__, "has no choice of formats; give it a step")
-        layers = [name for name in layers if name not in tied]
-        if not layers:
-            raise NothingChangedError(
-                "Quantize(to=...): only recurrent and tied layers are left, which have no choice of formats."
-            )
-        return layers, []
 
     def _schemes(
         self, model: nn.Module, layers: list[str], tied: list[list[str]], context: Context

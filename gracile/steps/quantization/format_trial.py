@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from gracile.context import Context
 from gracile.errors import DataError
 from gracile.formats import Scheme
 from gracile.graph import Trace
+from gracile.nn import QuantizedLayer
 from gracile.solvers import RoundingSolver
 from gracile.stats.match import relative_error
 from gracile.stats.match_layer import match_layer, output_moments
@@ -23,13 +24,15 @@ from gracile.steps.pruning.sequence import called_once, targets_of
 from gracile.steps.pruning.tables import outputs_of, some_batches
 from gracile.steps.quantization.grids import grid_of
 from gracile.steps.quantization.quantize_layers import Encoder
-from gracile.steps.quantization.round_layers import round_layer, solvable
+from gracile.steps.quantization.quantize_recurrent import build_recurrent
+from gracile.steps.quantization.round_layers import format_of, round_one, solvable
 
 #: Calibration examples that formats are judged on.
 EXAMPLES = 256
 
-#: A layer of the trial, and the state of the batch norm behind it that takes up what a layer without a bias cannot.
-Held = tuple[nn.Module, dict[str, Any] | None]
+#: Layers of the trial that take one format, and the state of the batch norm behind the one, which takes up what a layer
+#: without a bias cannot.
+Held = tuple[list[nn.Module], dict[str, Any] | None]
 
 
 class FormatTrial:
@@ -40,34 +43,40 @@ class FormatTrial:
     Of the trial's outputs counts ‖y − y₀‖² / ‖y₀‖² against the model's, of scores of classes less their mean. Their KL,
     small and decided by few examples where a net knows the calibration data by heart, chooses formats that suit these.
 
-    order: names of the layers, in the order in which the model calls them. model: stays as it is, in eval mode.
+    order: names of the layers, in the order in which the model calls them, of layers that hold one weight that of the
+    first. model: stays as it is, in eval mode.
     """
 
     def __init__(
         self,
         model: nn.Module,
         traced: Trace,
-        names: Sequence[str],
+        units: Mapping[str, Sequence[str]],
         encoder: Encoder,
         solver: RoundingSolver | None,
         context: Context,
         correct: bool,
     ) -> None:
+        """units: layer -> it and those that hold its weight too, which take one format, in the order of the model."""
         place = {layer.name: i for i, layer in enumerate(traced.layers)}
-        self.order = sorted(names, key=lambda name: place.get(name, len(place)))
+        self.order = sorted(units, key=lambda name: min(place.get(each, len(place)) for each in units[name]))
+        self.units = units
         self.encoder, self.solver = encoder, solver
         self.model = copy_model(model).eval()
         self.batches = some_batches(context.data, EXAMPLES)
         self.data = context.data
         self._expected = [_centred(y) for y in outputs_of(self.model, context.data, self.batches)]
-        self._floats = {name: self.model.get_submodule(name) for name in self.order}
+        self._first = {name: min(units[name], key=lambda each: place.get(each, len(place))) for name in units}
+        self._floats = {each: self.model.get_submodule(each) for name in units for each in units[name]}
         solved = solvable(model, traced, self.order) if solver is not None else {}
         self._solved = [name for name in self.order if solved.get(name, "") is None]
         norms = dict(traced.batch_norm_pairs())
-        self._moments = LayerMoments(self.model, targets_of(model, traced, self._solved, context), norms=norms)
+        plain = [name for name in self._solved if not isinstance(self._floats[name], nn.RNNBase)]
+        self._moments = LayerMoments(self.model, targets_of(model, traced, plain, context), norms=norms)
         self._replay = Replay(self.model, context.data, self.batches)
         runs = [lambda net, batch=batch: context.data.forward(net, batch) for batch in self.batches]
-        matched = set(called_once(model, traced)) & set(self.order) if correct else ()
+        matched = set(called_once(model, traced)) & set(self.order) if correct else set()
+        matched = {name for name in matched if not isinstance(self._floats[name], nn.RNNBase)}
         self._wanted = output_moments(self.model, matched, runs)
 
     def loss(self, name: str, scheme: Scheme) -> float:
@@ -82,18 +91,20 @@ class FormatTrial:
         return found
 
     def put(self, name: str, scheme: Scheme) -> None:
-        """Give the layer this format."""
-        old = self._floats[name]
-        layer, _ = self.encoder.build(name, old, scheme, self.encoder.encode(name, old, scheme))
-        put_module(self.model, name, layer.eval())
+        """Give the layer this format, and those that hold its weight too."""
+        layers = [self._built(each, scheme).eval() for each in self.units[name]]
+        for each, layer in zip(self.units[name], layers, strict=True):
+            if isinstance(layer, QuantizedLayer) and isinstance(layers[0], QuantizedLayer) and layer is not layers[0]:
+                layer.hold_weight_of(layers[0])
+            put_module(self.model, each, layer)
         if self.solver is not None and name in self._solved:
             self._round(name, self.solver)
-        self._replay.seek(name)
+        self._replay.seek(self._first[name])
         if name in self._wanted:
             runs = [lambda _net, i=i: self._replay.run(i) for i in range(len(self.batches))]
             present = output_moments(self.model, [name], runs, stop=True)
             if name in present:
-                match_layer(layer, present[name], self._wanted[name])
+                match_layer(self.model.get_submodule(name), present[name], self._wanted[name])
 
     def error(self) -> float:
         """Of the outputs now, all layers before the one put last being as they were then."""
@@ -103,21 +114,31 @@ class FormatTrial:
         """The layer as it is now, for `put_back`."""
         norm = self._moments.norms.get(name)
         state = None if norm is None else self.model.get_submodule(norm).state_dict()
-        return self.model.get_submodule(name), state and {key: value.clone() for key, value in state.items()}
+        return [self.model.get_submodule(each) for each in self.units[name]], state and {
+            key: value.clone() for key, value in state.items()
+        }
 
     def put_back(self, name: str, held: Held) -> None:
         """Give the place of the layer back to what `held` gave."""
-        layer, state = held
-        put_module(self.model, name, layer)
+        layers, state = held
+        for each, layer in zip(self.units[name], layers, strict=True):
+            put_module(self.model, each, layer)
         if state is not None:
             self.model.get_submodule(self._moments.norms[name]).load_state_dict(state)
 
+    def _built(self, name: str, scheme: Scheme) -> nn.Module:
+        old = self._floats[name]
+        if isinstance(old, nn.RNNBase):
+            return build_recurrent(old, scheme.weight, self.encoder.ranges)[0]
+        return self.encoder.build(name, old, scheme, self.encoder.encode(name, old, scheme))[0]
+
     def _round(self, name: str, solver: RoundingSolver) -> None:
-        layer: Any = self.model.get_submodule(name)
-        if grid_of(layer.weight_format, self.encoder.ranges) is None:
+        old, fmt = self._floats[name], format_of(self.model.get_submodule(name))
+        if fmt is None or grid_of(fmt, self.encoder.ranges) is None:
             return
+        weight = None if isinstance(old, nn.RNNBase) else self.encoder.weight(name, old)
         try:
-            round_layer(self._moments, name, self.encoder.weight(name, self._floats[name]), solver, self.encoder.ranges)
+            round_one(self._moments, name, weight, solver, self.encoder.ranges)
         except CannotRefitError:
             self._solved.remove(name)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-import torch
 from torch import nn
 
 from gracile.context import Context
 from gracile.errors import ConfigError
 from gracile.evaluate.size import state_bytes
-from gracile.formats import Scheme
+from gracile.formats import Scheme, is_dynamic
 from gracile.goal import Bytes
 from gracile.graph import Trace
 from gracile.knapsack import choose_options
@@ -19,6 +19,7 @@ from gracile.recipe import Recorder
 from gracile.solvers import RoundingSolver
 from gracile.steps.quantization.format_trial import FormatTrial
 from gracile.steps.quantization.quantize_layers import Encoder, format_for
+from gracile.steps.quantization.quantize_recurrent import matrices
 
 #: So often the choice is made anew from what each layer's neighbouring options do where the others are as chosen.
 ROUNDS = 3
@@ -28,6 +29,7 @@ def choose_schemes(
     model: nn.Module,
     traced: Trace,
     options: Mapping[str, Sequence[Scheme]],
+    units: Mapping[str, Sequence[str]],
     budget: Bytes,
     encoder: Encoder,
     solver: RoundingSolver | None,
@@ -44,12 +46,13 @@ def choose_schemes(
     Bytes are those of the model's tensors as stored. Raises ConfigError where no choice fits, with the least that can
     be reached.
 
-    model: the float model, which is left as it is. traced: of it.
+    model: the float model, which is left as it is. traced: of it. options: schemes of each unit, by its first layer.
+    units: the first layer -> all that hold its weight and take its scheme. Returns the schemes of all layers.
     """
     whole, original = state_bytes(model), state_bytes(context.original)
     limit = budget.limit(original)
     saved = {
-        name: [_bytes_saved(name, model.get_submodule(name), scheme, encoder) for scheme in schemes]
+        name: [_bytes_saved(units[name], model, scheme, encoder) for scheme in schemes]
         for name, schemes in options.items()
     }
     least = whole - sum(max(each) for each in saved.values())
@@ -58,7 +61,7 @@ def choose_schemes(
             f"Quantize(to={budget}): cannot be met; the nearest that these options reach is {least:g} of {original:g} "
             f"bytes ({least / original:.3f}).\n  Ask for at least that, or add an option of fewer bits."
         )
-    trial = FormatTrial(model, traced, list(options), encoder, solver, context, correct)
+    trial = FormatTrial(model, traced, units, encoder, solver, context, correct)
     with eval_mode(model):
         losses = _single_losses(trial, options, context)
         items = [list(zip(losses[name], saved[name], strict=True)) for name in options]
@@ -71,13 +74,14 @@ def choose_schemes(
     counts = {name: sum(scheme.name == name for scheme in found.values()) for name in names}
     shares = ", ".join(f"{count} layers in {name}" for name, count in counts.items())
     recorder.notes.append(f"Mixed precision for {budget}: {shares}; chosen by the measured error of the outputs.")
-    return found
+    return {each: found[name] for name in found for each in units[name]}
 
 
 def measure_losses(
     model: nn.Module,
     traced: Trace,
     options: Mapping[str, Sequence[Scheme]],
+    units: Mapping[str, Sequence[str]],
     encoder: Encoder,
     solver: RoundingSolver | None,
     context: Context,
@@ -86,7 +90,7 @@ def measure_losses(
 ) -> dict[str, list[float]]:
     """Layer -> the error of the outputs (`FormatTrial`) by each of its schemes, all other layers as they are."""
     with eval_mode(model):
-        trial = FormatTrial(model, traced, list(options), encoder, solver, context, correct)
+        trial = FormatTrial(model, traced, units, encoder, solver, context, correct)
         return _single_losses(trial, options, context)
 
 
@@ -152,10 +156,15 @@ def _neighbours(saved: Sequence[float], index: int) -> list[int]:
     return order[max(place - 1, 0) : place + 2]
 
 
-def _bytes_saved(name: str, layer: nn.Module, scheme: Scheme, encoder: Encoder) -> float:
-    """Bytes of the layer's float weight less those of its codes, its scales and the grids of its input and output."""
-    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
-    stats, grids = encoder.stats.get(name), 0
-    if stats is not None and scheme.input is not None:
-        grids = (stats.input is not None) + (name in encoder.outputs and stats.output is not None)
-    return weight.nbytes - format_for(layer, scheme.weight).size_bytes(weight.shape) - 8 * grids
+def _bytes_saved(names: Sequence[str], model: nn.Module, scheme: Scheme, encoder: Encoder) -> float:
+    """Bytes of the float weight of these layers less those of its codes, its scales and the grids of what they read."""
+    layer: Any = model.get_submodule(names[0])
+    if isinstance(layer, nn.RNNBase):
+        return sum(weight.nbytes - scheme.weight.size_bytes(weight.shape) for weight in matrices(layer).values())
+    grids = 0
+    for name in names:
+        stats = encoder.stats.get(name)
+        if stats is not None and scheme.input is not None and not is_dynamic(scheme.input):
+            grids += (stats.input is not None) + (name in encoder.outputs and stats.output is not None)
+    size = format_for(layer, scheme.weight).size_bytes(layer.weight.shape)
+    return float(layer.weight.nbytes - size - 8 * grids)

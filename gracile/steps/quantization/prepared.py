@@ -25,3 +25,11 @@ class Prepared:
     encoder: Encoder
     traced: Trace | None
     reference: nn.Module | None
+
+    @property
+    def units(self) -> dict[str, list[str]]:
+        """Layers that take one format, by the first of them: those that hold one weight, and every other by itself."""
+        tied = [[name for name in group if name in self.layers] for group in self.tied]
+        together = {name for group in tied for name in group}
+        alone = [[name] for name in (*self.layers, *self.recurrent) if name not in together]
+        return {group[0]: group for group in (*tied, *alone) if group}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from gracile.errors import ConfigError, DataError
 from gracile.formats import Format, Int, format_title, format_to_config
-from gracile.nn import EncodedWeight, recurrent_kind
+from gracile.nn import QuantizedRecurrent, build_layer, recurrent_kind
 from gracile.ranges.base import Range
 from gracile.recipe import Recorder
 from gracile.report.model import LayerRow
@@ -21,10 +22,10 @@ from gracile.surgery import Swap, apply
 STORED = "weights only: no runtime computes recurrent layers in few bits"
 
 
-def check_recurrent(model: nn.Module, layers: Sequence[str], fmt: Format) -> None:
+def check_recurrent(model: nn.Module, layers: Sequence[str], formats: Iterable[Format]) -> None:
     """Refuse weights that cannot be encoded, before any change: DataError or ConfigError, naming the layer."""
-    for name in layers:
-        for key, weight in _matrices(model.get_submodule(name)).items():
+    for name, fmt in product(layers, list(formats)):
+        for key, weight in matrices(model.get_submodule(name)).items():
             if not bool(torch.isfinite(weight).all()):
                 raise DataError(f"Quantize: the weight '{key}' of layer '{name}' holds NaN or infinity.")
             try:
@@ -35,31 +36,41 @@ def check_recurrent(model: nn.Module, layers: Sequence[str], fmt: Format) -> Non
                 raise ConfigError(f"Quantize: layer '{name}', {key} {tuple(weight.shape)}: {error}") from error
 
 
-def quantize_recurrent(model: nn.Module, layers: Sequence[str], fmt: Format, ranges: Range, recorder: Recorder) -> None:
+def build_recurrent(old: nn.Module, fmt: Format, ranges: Range) -> tuple[QuantizedRecurrent, dict[str, Any]]:
+    """The quantized layer for a recurrent one, every weight at its nearest code, and its configuration."""
+    sparse = [key for key, weight in matrices(old).items() if has_zeros(weight)]
+    config = {"weight": format_to_config(fmt)} | ({"sparse": sparse} if sparse else {})
+    layer = build_layer(str(recurrent_kind(old)), config, old)
+    assert isinstance(layer, QuantizedRecurrent)
+    for key, weight in matrices(old).items():
+        matrix: Any = layer.encoded[key]
+        matrix.set_weight(
+            fmt.encode(weight, ranges.weight(weight, fmt)) if isinstance(fmt, Int) else fmt.encode(weight)
+        )
+    return layer.train(old.training), config
+
+
+def quantize_recurrent(model: nn.Module, formats: Mapping[str, Format], ranges: Range, recorder: Recorder) -> None:
     """Put layers with encoded matrices in the place of LSTMs, GRUs and RNNs; every weight goes to its nearest code."""
-    for name in layers:
+    for name, fmt in formats.items():
         old = model.get_submodule(name)
-        sparse = [key for key, weight in _matrices(old).items() if has_zeros(weight)]
-        config = {"weight": format_to_config(fmt)} | ({"sparse": sparse} if sparse else {})
+        layer, config = build_recurrent(old, fmt, ranges)
         edit = Swap(name, str(recurrent_kind(old)), config)
         apply(model, [edit])
-        encoded: Any = model.get_submodule(name).encoded
+        model.get_submodule(name).load_state_dict(layer.state_dict())
         error = signal = nbytes = 0.0
-        for key, weight in _matrices(old).items():
-            matrix: EncodedWeight = encoded[key]
-            tensors = fmt.encode(weight, ranges.weight(weight, fmt)) if isinstance(fmt, Int) else fmt.encode(weight)
-            matrix.set_weight(tensors)
+        for key, weight in matrices(old).items():
+            matrix: Any = layer.encoded[key]
             error += float((matrix.decoded_weight() - weight).square().sum())
             signal += float(weight.square().sum())
-            nbytes += sum(t.nbytes for part, t in tensors.items() if part != "shape")
+            nbytes += sum(t.nbytes for part, t in matrix.encoded_weight().items() if part != "shape")
         recorder.edits.append(edit)
-        count = sum(weight.numel() for weight in _matrices(old).values())
         recorder.layers.append(
             LayerRow(
                 name=name,
                 kind=type(old).__name__,
                 action="quantized",
-                bits=8 * nbytes / count,
+                bits=8 * nbytes / sum(weight.numel() for weight in matrices(old).values()),
                 format=format_title(fmt),
                 error=error / max(signal, 1e-30),
                 reason=STORED,
@@ -67,5 +78,6 @@ def quantize_recurrent(model: nn.Module, layers: Sequence[str], fmt: Format, ran
         )
 
 
-def _matrices(layer: nn.Module) -> dict[str, Tensor]:
+def matrices(layer: nn.Module) -> dict[str, Tensor]:
+    """The weights of a recurrent layer that take a format, by their names."""
     return {name: p.detach() for name, p in layer.named_parameters(recurse=False) if p.ndim == 2}

@@ -79,7 +79,7 @@ def round_in_sequence(
     reasons = solvable(reference, traced, {*weights, *recurrent})
     found.skipped = {name: reason for name, reason in reasons.items() if reason is not None}
     for name in {*weights, *recurrent}:
-        fmt = _format(model.get_submodule(name))
+        fmt = format_of(model.get_submodule(name))
         if fmt is not None and grid_of(fmt, ranges) is None:
             found.skipped[name] = f"{type(fmt).__name__} has no scale to round by"
     order = [name for name in reasons if name not in found.skipped]
@@ -96,7 +96,7 @@ def round_in_sequence(
             touched = [name, *([moments.norms[name]] if name in moments.norms else [])]
             numbers = finished.restore(name, done, model, touched)
             if numbers is None:
-                numbers = _round_one(moments, name, weights.get(name), solver, ranges)
+                numbers = _numbers(moments, name, weights.get(name), solver, ranges)
                 finished.keep(name, done, model, touched, numbers)
             found.take(name, **numbers)
             context.progress("round", done + 1, len(order))
@@ -167,16 +167,23 @@ def round_layer(
     return solved.gains
 
 
-def _round_one(
+def _numbers(
     moments: LayerMoments, name: str, weight: Tensor | None, solver: RoundingSolver, ranges: Range
 ) -> dict[str, Any]:
-    """How a layer came out, as plain data. weight: None for recurrent layers."""
+    """How a layer came out, as plain data."""
     try:
-        if weight is None:
-            return asdict(_round_recurrent(moments, name, solver, ranges))
-        return asdict(round_layer(moments, name, weight, solver, ranges))
+        return asdict(round_one(moments, name, weight, solver, ranges))
     except CannotRefitError as failure:
         return {"skipped": str(failure)}
+
+
+def round_one(
+    moments: LayerMoments, name: str, weight: Tensor | None, solver: RoundingSolver, ranges: Range
+) -> LayerRounding:
+    """`round_layer`, or `round_recurrent` where there is no single weight. weight: None for recurrent layers."""
+    if weight is None:
+        return _round_recurrent(moments, name, solver, ranges)
+    return round_layer(moments, name, weight, solver, ranges)
 
 
 def _round_recurrent(moments: LayerMoments, name: str, solver: RoundingSolver, ranges: Range) -> LayerRounding:
@@ -193,7 +200,7 @@ def _round_recurrent(moments: LayerMoments, name: str, solver: RoundingSolver, r
     )
 
 
-def _format(layer: nn.Module) -> Format | None:
+def format_of(layer: nn.Module) -> Format | None:
     """The format of a quantized layer's weight, or of a recurrent one's matrices."""
     if isinstance(layer, QuantizedRecurrent):
         layer = next(iter(layer.encoded.values()))

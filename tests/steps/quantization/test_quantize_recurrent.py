@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import gracile as gc
 from gracile.context import Context
-from gracile.errors import ConfigError, DataError, NothingChangedError
+from gracile.errors import ConfigError, DataError
 from gracile.formats import Int, PerGroup
 from gracile.nn import QuantizedRecurrent
 
@@ -128,19 +128,10 @@ def test_a_model_of_nothing_else() -> None:
 
     result = gc.compress(Only().eval(), gc.Quantize(gc.W8A8), gc.Data(calibration=frames()))
     assert isinstance(result.model.rnn, QuantizedRecurrent)
-    with pytest.raises(NothingChangedError, match="only recurrent and tied layers"):
-        gc.compress(
-            Only().eval(),
-            gc.Quantize(to=gc.Bytes(0.2), options=(gc.W8A8, gc.formats.W4A8)),
-            gc.Data(calibration=frames()),
-        )
-
-
-def test_no_choice_of_formats_is_said() -> None:
-    step = gc.Quantize(to=gc.Bytes(0.99), options=(gc.W8A8, gc.formats.W4A8))
-    result = quantized(step)
-    (row,) = [row for row in result.report.steps[0].layers if row.name == "rnn"]
-    assert row.action == "skipped" and "no choice of formats" in str(row.reason)
+    step = gc.Quantize(to=gc.Bytes(0.45), options=(gc.W8A8, gc.formats.W2A8))
+    result = gc.compress(Only().eval(), step, gc.Data(calibration=frames()))
+    assert isinstance(result.model.rnn, QuantizedRecurrent)
+    assert next(iter(result.model.rnn.encoded.values())).weight_format.bits == 2  # type: ignore[union-attr]
 
 
 def test_what_cannot_be_encoded_is_refused_before_any_change() -> None:

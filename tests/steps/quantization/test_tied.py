@@ -144,10 +144,13 @@ def test_convolutions_with_one_kernel_are_left_alone() -> None:
     }
 
 
-def test_formats_to_choose_from_are_not_for_it() -> None:
-    step = gc.Quantize(to=gc.Bytes(0.9), options=(gc.W8A16, gc.W4A16(group=4)), correct=False)
+def test_they_choose_one_format_of_several() -> None:
+    step = gc.Quantize(to=gc.Bytes(0.4), options=(gc.W8A16, gc.W4A16(group=4)), correct=False)
     result = compress(language_model(), step)
-    assert set(rows_of(result, "skipped")) == {"embed", "head"}
+    assert not rows_of(result, "skipped")
+    layers = [result.model.get_submodule(name) for name in ("embed", "head")]
+    assert layers[0].weight_format == layers[1].weight_format
+    assert layers[0].weight_codes is layers[1].weight_codes
 
 
 @pytest.mark.parametrize("target", [gc.OnnxRuntime(), gc.OpenVINO()], ids=lambda target: target.name)
