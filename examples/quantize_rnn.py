@@ -1,4 +1,4 @@
-"""Number formats of a recurrent network: weights of a GRU per gate and unit, and two bits won back by distillation.
+"""Number formats of a recurrent network: weights of a GRU per gate and unit, rounded along the sequence, and distilled.
 
 Run: python examples/quantize_rnn.py [--data DIR]
 
@@ -19,6 +19,7 @@ STEPS = {
     "8 bits": gc.Quantize(gc.W8A8),
     "4-bit weights": gc.Quantize(gc.Int(4)),
     "2-bit weights": TWO_BITS,
+    "2-bit weights, GPTQ": gc.Quantize(gc.Int(2), solver=gc.solvers.GPTQ()),
     "2-bit weights, distilled": gc.Recipe(TWO_BITS, gc.Distill(epochs=5)),
 }
 
