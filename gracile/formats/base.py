@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -55,10 +55,11 @@ class Format(ABC):
     encode(weight) -> tensors: named tensors that hold the weight, packed; always with "shape" (int64, the weight's).
     decode(tensors) -> weight: float32, of the encoded shape.
     size_bytes(shape) -> bytes those tensors take, without "shape".
-    bits: of one code.
+    bits: of one code. step: between the values of neighbouring codes, in scales; None where that differs.
     """
 
     bits: int
+    step: ClassVar[int | None] = None
 
     @abstractmethod
     def encode(self, weight: Tensor) -> dict[str, Tensor]: ...

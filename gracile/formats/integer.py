@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ class Int(Format):
     int64 [ndim].
     """
 
+    step: ClassVar[int | None] = 1
     bits: int = 8
     granularity: Granularity = PER_OUTPUT_CHANNEL
     symmetric: bool = field(default=True, kw_only=True)

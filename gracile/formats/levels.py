@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -233,6 +234,7 @@ class MidRise(Levels):
     for weights, ParetoQ, Liu et al. 2025 (arXiv:2502.02631).
     """
 
+    step: ClassVar[int | None] = 2
     bits: int = 2
     granularity: Granularity = PerChannel(0)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gracile.errors import ConfigError
-from gracile.formats import Format, Int, Levels, MidRise, PerTensor, format_from_config, format_to_config, is_dynamic
+from gracile.formats import Format, Int, Levels, PerTensor, format_from_config, format_to_config, is_dynamic
 from gracile.formats.granularity import from_rows, to_rows
 from gracile.nn.grid import TrainsOnGrid, input_on_grid, learned_scale, weight_on_grid
 from gracile.nn.ops import decode, quantize_dequantize, quantize_dequantize_per_token
@@ -115,17 +115,12 @@ class QuantizedLayer(TrainsOnGrid):
         if self.trains:
             return
         weight = self.decoded_weight().clone()
-        if original is not None and original.shape == weight.shape and self._step:
+        if original is not None and original.shape == weight.shape and self.weight_format.step:
             weight = self._within_cells(weight, self._as_encoded(original.detach().to(weight)))
         for role in self._learned_roles():
             scale: Tensor = getattr(self, f"{role}_scale")
             self.register_parameter(f"{role}_scale_change", nn.Parameter(torch.zeros_like(scale)))
         self._parameters["weight"] = nn.Parameter(weight)
-
-    @property
-    def _step(self) -> int:
-        """What lies between two neighbouring codes' values, in scales; 0 where that differs."""
-        return 1 if isinstance(self.weight_format, Int) else 2 if isinstance(self.weight_format, MidRise) else 0
 
     def _as_encoded(self, original: Tensor) -> Tensor:
         """An original weight in the coordinates of the one that is encoded."""
@@ -133,13 +128,13 @@ class QuantizedLayer(TrainsOnGrid):
 
     def _within_cells(self, weight: Tensor, original: Tensor) -> Tensor:
         """Of every code's cell the point that is nearest to the original, fitted to the weight row by row."""
-        assert self._step and isinstance(self.weight_format, (Int, MidRise))
+        fmt: Any = self.weight_format
         rows, priors = weight.flatten(1), original.flatten(1)
         factor = (rows * priors).sum(1, keepdim=True) / priors.square().sum(1, keepdim=True).clamp_min(1e-30)
-        granularity, shape = self.weight_format.granularity, self.weight_shape
+        granularity, shape = fmt.granularity, self.weight_shape
         scale: Tensor = self.weight_scale  # type: ignore[assignment]
         wide = scale.reshape(-1, 1).expand_as(to_rows(granularity, weight))
-        reach = CELL * self._step * from_rows(granularity, wide, shape)
+        reach = CELL * fmt.step * from_rows(granularity, wide, shape)
         wanted = torch.where(factor > 0, factor * priors, rows).reshape(shape)
         return torch.maximum(torch.minimum(wanted, weight + reach), weight - reach)
 

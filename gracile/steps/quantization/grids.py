@@ -26,11 +26,11 @@ class _FormatGrid(Grid):
         one = (1, -1) if self.shared else (-1, weight.shape[-1])
         counts = importance.unsqueeze(-2).expand_as(weight).reshape(one)
         # In float32, which is what is stored: a solver then rounds to the very grid that the layer will have.
-        scale, zero = (t.float().to(weight) for t in self._fit_rows(weight.reshape(one), counts))
+        scale, zero = (t.float().to(weight) for t in self.fit_rows(weight.reshape(one), counts))
         return scale.expand(shape.numel()).reshape(shape), zero.expand(shape.numel()).reshape(shape)
 
     @abstractmethod
-    def _fit_rows(self, rows: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+    def fit_rows(self, rows: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point [k] of rows [k, n] that have one each."""
 
 
@@ -41,7 +41,7 @@ class IntGrid(_FormatGrid):
         super().__init__(fmt.granularity)
         self.fmt, self.ranges = fmt, ranges
 
-    def _fit_rows(self, rows: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+    def fit_rows(self, rows: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
         return self.ranges.rows(rows.float(), self.fmt, importance.float())
 
     def units(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class LevelGrid(_FormatGrid):
         super().__init__(fmt.granularity)
         self.table = torch.tensor(sorted(set(fmt.levels)), dtype=torch.float64)
 
-    def _fit_rows(self, rows: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+    def fit_rows(self, rows: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
         full = (rows.abs().amax(1) / float(self.table.abs().max())).clamp(min=SMALLEST_SCALE)
         best, least = full, torch.full_like(full, float("inf"))
         for share in self.SHARES:
@@ -91,7 +91,7 @@ class LevelGrid(_FormatGrid):
 def least_error_scale(fmt: Levels, weight: Tensor) -> Tensor:
     """Scales of the weight, float32 of `fmt.scale_shape(weight.shape)`: of least squared error of those tried."""
     rows = to_rows(fmt.granularity, weight.detach().float())
-    scale, _ = LevelGrid(fmt)._fit_rows(rows, torch.ones_like(rows))
+    scale, _ = LevelGrid(fmt).fit_rows(rows, torch.ones_like(rows))
     return scale.reshape(fmt.scale_shape(weight.shape))
 
 
