@@ -52,7 +52,7 @@ def quantize_dequantize_per_token(x: Tensor, qmax: int) -> Tensor:
     through.
     """
     y = x.float()
-    scale = token_scales(y, qmax)
+    scale = (y.abs().amax(-1, keepdim=True) / qmax).clamp(min=torch.finfo(torch.float32).tiny)
     return torch.div(y, scale).round_().mul_(scale).to(x.dtype)
 
 
@@ -62,11 +62,6 @@ def _(x: Tensor, qmax: int) -> Tensor:
 
 
 quantize_dequantize_per_token.register_autograd(lambda _ctx, gradient: (gradient, None))
-
-
-def token_scales(x: Tensor, qmax: int) -> Tensor:
-    """max|x| / qmax along the last axis, kept as one of size 1; the smallest normal number where that is zero."""
-    return (x.abs().amax(-1, keepdim=True) / qmax).clamp(min=torch.finfo(torch.float32).tiny)
 
 
 @torch.library.custom_op("gracile::decode", mutates_args=())

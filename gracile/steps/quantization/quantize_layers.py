@@ -140,8 +140,8 @@ class Encoder:
         config: dict[str, Any] = {"weight": format_to_config(fmt), "input": None, "output": None}
         tensors = {f"weight_{key}": value for key, value in encoded.items() if key != "shape"}
         stats = self.stats.get(name)
-        if is_dynamic(scheme.input) and isinstance(old, nn.Linear):
-            config["input"] = format_to_config(scheme.input)
+        if is_dynamic(scheme.input):
+            config["input"] = format_to_config(scheme.input) if isinstance(old, nn.Linear) else None
         elif stats is not None and isinstance(scheme.input, Int):
             sides = {"input": (stats.input, scheme.input)}
             if name in self.outputs:  # read by a sum or the like, which no kernel computes in fewer bits

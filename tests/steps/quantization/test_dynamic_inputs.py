@@ -161,3 +161,16 @@ def test_a_single_example_is_a_token(tmp_path: Path) -> None:
     found = gc.OnnxRuntime(1).run(gc.OnnxRuntime(1).export(small, x, tmp_path / "model.onnx"), x)
     with torch.no_grad():
         torch.testing.assert_close(found, small(x), rtol=1e-5, atol=1e-6)
+
+
+def test_it_is_a_choice_beside_measured_ranges() -> None:
+    """Also of a convolution, which takes the weight's format of it alone."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(8, 8, 1), nn.ReLU(), nn.Linear(6, 4)).eval()
+    data = gc.Data(calibration=[torch.randn(8, 8, 6) for _ in range(3)])
+    narrow = gc.Scheme("W2A8-dynamic", Int(2), Int(8, PerToken()))
+    result = gc.compress(model, gc.Quantize(to=gc.Bytes(0.9), options=(gc.W8A8, W8A8Dynamic, narrow)), data)
+    assert {row.name: row.action for row in result.report.steps[0].layers if row.kind != "BatchNorm"} == {
+        "0": "quantized",
+        "2": "quantized",
+    }
