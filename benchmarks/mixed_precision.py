@@ -30,6 +30,7 @@ from gracile.stats.match import divergence
 SCHEMES = {"W8A8": gc.W8A8} | {
     f"W{bits}A8": replace(gc.W8A8, name=f"W{bits}A8", weight=gc.Int(bits)) for bits in (6, 5, 4, 3, 2)
 }
+MID_RISE = [replace(gc.W8A8, name=f"W{bits}A8 mid-rise", weight=gc.formats.MidRise(bits)) for bits in (4, 3, 2)]
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("task", choices=("resnet32", "minilm"))
     parser.add_argument("--uniform", choices=SCHEMES, default="W4A8")
     parser.add_argument("--solver", choices=("nearest", "GPTQ"), default="nearest")
+    parser.add_argument("--mid-rise", action="store_true", help="grids without a zero of 2 to 4 bits among the options")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     task = {"resnet32": resnet32, "minilm": minilm}[args.task](args.seed)
@@ -89,7 +91,7 @@ def main() -> None:
     for name in ("uniform", "mixed"):
         scheme = SCHEMES[args.uniform] if share is None else None
         budget = None if share is None else gc.Bytes(share)
-        options = () if share is None else tuple(SCHEMES.values())
+        options = () if share is None else (*SCHEMES.values(), *(MID_RISE if args.mid_rise else []))
         start = time.perf_counter()
         result = gc.compress(
             task.model, gc.Quantize(scheme, to=budget, options=options, solver=solver), data, seed=args.seed
@@ -100,6 +102,7 @@ def main() -> None:
         row["divergence"] = found = divergence(_outputs(result.model, task.test), reference)
         first = first or found
         row |= {"of_uniform": round(found / first, 3), "quality": task.quality(result.model)}
+        row["notes"] = [note for note in result.report.steps[0].notes if note.startswith(("Mixed", "Error"))]
         print(json.dumps(row), flush=True)
 
 

@@ -40,7 +40,8 @@ def choose_schemes(
 ) -> dict[str, Scheme]:
     """argmin of the outputs' error over one scheme of each layer, subject to the bytes of the model.
 
-    First by the sum of what each layer's schemes do alone, a knapsack. Then, up to ROUNDS times, by what each layer's
+    First by the sum of what each layer's schemes do alone, a knapsack. Schemes that another one beats, in bytes and in
+    that, are out. Then, up to ROUNDS times, by what each layer's
     next smaller and next larger schemes do where all others are as chosen: a knapsack again, whose choice is kept if
     the model of it has less. By the solver where there is one, and corrected as the step corrects (`FormatTrial`).
     Bytes are those of the model's tensors as stored. Raises ConfigError where no choice fits, with the least that can
@@ -64,10 +65,12 @@ def choose_schemes(
     trial = FormatTrial(model, traced, units, encoder, solver, context, correct)
     with eval_mode(model):
         losses = _single_losses(trial, options, context)
-        items = [list(zip(losses[name], saved[name], strict=True)) for name in options]
-        chosen = dict(zip(options, choose_options(items, whole - limit)))
+        fronts = {name: _front(losses[name], saved[name]) for name in options}
+        items = [[(losses[name][i], saved[name][i]) for i in fronts[name]] for name in options]
+        picked = choose_options(items, whole - limit)
+        chosen = {name: fronts[name][i] for name, i in zip(options, picked, strict=True)}
         recorder.numbers["predicted_loss"] = sum(losses[name][i] for name, i in chosen.items())
-        chosen = _refine(trial, options, saved, chosen, whole - limit, context, recorder)
+        chosen = _refine(trial, options, saved, fronts, chosen, whole - limit, context, recorder)
     recorder.numbers["bytes"] = whole - sum(saved[name][i] for name, i in chosen.items())
     found = {name: options[name][i] for name, i in chosen.items()}
     names = dict.fromkeys(scheme.name for schemes in options.values() for scheme in schemes)
@@ -110,6 +113,7 @@ def _refine(
     trial: FormatTrial,
     options: Mapping[str, Sequence[Scheme]],
     saved: Mapping[str, Sequence[float]],
+    fronts: Mapping[str, Sequence[int]],
     chosen: dict[str, int],
     amount: float,
     context: Context,
@@ -123,7 +127,7 @@ def _refine(
     for _ in range(ROUNDS):
         items = []
         for done, name in enumerate(trial.order):
-            held, near = trial.held(name), _neighbours(saved[name], chosen[name])
+            held, near = trial.held(name), _neighbours(saved[name], fronts[name], chosen[name])
             losses = {i: present if i == chosen[name] else trial.loss(name, options[name][i]) for i in near}
             trial.put_back(name, held)
             items.append([(losses[i] - present, saved[name][i], i) for i in near])
@@ -149,9 +153,19 @@ def _error_of(trial: FormatTrial, options: Mapping[str, Sequence[Scheme]], chose
     return trial.error()
 
 
-def _neighbours(saved: Sequence[float], index: int) -> list[int]:
-    """The option itself, and those that save the next more and the next less."""
-    order = sorted(range(len(saved)), key=saved.__getitem__)
+def _front(losses: Sequence[float], saved: Sequence[float]) -> list[int]:
+    """The options that no other beats: less loss and as many bytes saved, or more bytes and no more loss."""
+    ranks = [(losses[i], -saved[i], i) for i in range(len(losses))]
+    return [
+        i
+        for i in range(len(losses))
+        if not any(losses[j] <= losses[i] and saved[j] >= saved[i] and ranks[j] < ranks[i] for j in range(len(losses)))
+    ]
+
+
+def _neighbours(saved: Sequence[float], front: Sequence[int], index: int) -> list[int]:
+    """The option itself, and those of the front that save the next more and the next less."""
+    order = sorted(front, key=saved.__getitem__)
     place = order.index(index)
     return order[max(place - 1, 0) : place + 2]
 

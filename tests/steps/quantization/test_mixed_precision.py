@@ -188,8 +188,15 @@ def test_rounds_end_nearer_to_the_original_than_the_sum_of_single_losses_and_wit
     assert divergences[3] < divergences[0]
 
 
-def test_neighbours_are_the_next_by_what_they_save() -> None:
+def test_neighbours_are_the_next_of_the_front_by_what_they_save() -> None:
     saved = [3.0, 1.0, 2.0, 4.0]
-    assert module._neighbours(saved, 0) == [2, 0, 3]
-    assert module._neighbours(saved, 1) == [1, 2]
-    assert module._neighbours(saved, 3) == [0, 3]
+    assert module._neighbours(saved, [0, 1, 2, 3], 0) == [2, 0, 3]
+    assert module._neighbours(saved, [0, 1, 2, 3], 1) == [1, 2]
+    assert module._neighbours(saved, [0, 1, 3], 3) == [0, 3]
+    assert module._neighbours(saved, [0, 1, 3], 0) == [1, 0, 3]
+
+
+def test_options_that_others_beat_are_out() -> None:
+    assert module._front([3.0, 1.0, 2.0, 2.0], [3.0, 1.0, 2.0, 2.0]) == [0, 1, 2]  # of equals the first
+    assert module._front([1.0, 1.0, 0.5], [1.0, 2.0, 3.0]) == [2]
+    assert module._front([0.5, 0.5], [1.0, 1.0]) == [0]
