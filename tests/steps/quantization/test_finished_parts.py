@@ -51,7 +51,7 @@ def compress(place: Path, stop_at: tuple[str, int] | None = None, scheme: gc.Sch
 def worked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Layers and blocks that were solved, in order."""
     names: list[str] = []
-    one, block = round_layers._round_one, reconstruct_blocks._reconstruct
+    one, block = round_layers._numbers, reconstruct_blocks._reconstruct
 
     def rounded(moments: Any, name: str, *args: Any) -> Any:
         names.append(name)
@@ -61,7 +61,7 @@ def worked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(f"block {calls.block}")
         return block(calls, *args)
 
-    monkeypatch.setattr(round_layers, "_round_one", rounded)
+    monkeypatch.setattr(round_layers, "_numbers", rounded)
     monkeypatch.setattr(reconstruct_blocks, "_reconstruct", reconstructed)
     return names
 
