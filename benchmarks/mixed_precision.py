@@ -30,7 +30,10 @@ from gracile.stats.match import divergence
 SCHEMES = {"W8A8": gc.W8A8} | {
     f"W{bits}A8": replace(gc.W8A8, name=f"W{bits}A8", weight=gc.Int(bits)) for bits in (6, 5, 4, 3, 2)
 }
-MID_RISE = [replace(gc.W8A8, name=f"W{bits}A8 mid-rise", weight=gc.formats.MidRise(bits)) for bits in (4, 3, 2)]
+MID_RISE = {
+    f"W{bits}A8 mid-rise": replace(gc.W8A8, name=f"W{bits}A8 mid-rise", weight=gc.formats.MidRise(bits))
+    for bits in (6, 5, 4, 3, 2)
+}
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,11 @@ def _outputs(model: nn.Module, test: list[Batch]) -> list[Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=("resnet32", "minilm"))
-    parser.add_argument("--uniform", choices=SCHEMES, default="W4A8")
+    parser.add_argument("--uniform", choices=SCHEMES | MID_RISE, default="W4A8")
     parser.add_argument("--solver", choices=("nearest", "GPTQ"), default="nearest")
-    parser.add_argument("--mid-rise", action="store_true", help="grids without a zero of 2 to 4 bits among the options")
+    parser.add_argument(
+        "--mid-rise", action="store_true", help="grids without a zero, of 2 to 6 bits, among the options"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     task = {"resnet32": resnet32, "minilm": minilm}[args.task](args.seed)
@@ -89,9 +94,9 @@ def main() -> None:
     solver = gc.solvers.GPTQ() if args.solver == "GPTQ" else None
     share, first = None, None
     for name in ("uniform", "mixed"):
-        scheme = SCHEMES[args.uniform] if share is None else None
+        scheme = (SCHEMES | MID_RISE)[args.uniform] if share is None else None
         budget = None if share is None else gc.Bytes(share)
-        options = () if share is None else (*SCHEMES.values(), *(MID_RISE if args.mid_rise else []))
+        options = () if share is None else tuple((SCHEMES | (MID_RISE if args.mid_rise else {})).values())
         start = time.perf_counter()
         result = gc.compress(
             task.model, gc.Quantize(scheme, to=budget, options=options, solver=solver), data, seed=args.seed

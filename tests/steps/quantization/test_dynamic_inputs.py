@@ -170,7 +170,5 @@ def test_it_is_a_choice_beside_measured_ranges() -> None:
     data = gc.Data(calibration=[torch.randn(8, 8, 6) for _ in range(3)])
     narrow = gc.Scheme("W2A8-dynamic", Int(2), Int(8, PerToken()))
     result = gc.compress(model, gc.Quantize(to=gc.Bytes(0.9), options=(gc.W8A8, W8A8Dynamic, narrow)), data)
-    assert {row.name: row.action for row in result.report.steps[0].layers if row.kind != "BatchNorm"} == {
-        "0": "quantized",
-        "2": "quantized",
-    }
+    rows = [row.name for row in result.report.steps[0].layers if row.action == "quantized"]
+    assert rows == ["0", "2"]
