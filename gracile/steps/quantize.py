@@ -182,9 +182,17 @@ class Quantize(Step):
         encoder, traced, layers = ready.encoder, ready.traced, ready.layers
         chosen = {name: found[0] for name, found in ready.schemes.items()}
         if self.to is not None and traced is not None:
-            options, correct = {name: ready.schemes[name] for name in ready.units}, self.correct
             chosen = choose_schemes(
-                model, traced, options, ready.units, self.to, encoder, self.solver, context, recorder, correct=correct
+                model,
+                traced,
+                ready.options,
+                ready.units,
+                self.to,
+                encoder,
+                self.solver,
+                context,
+                recorder,
+                correct=self.correct,
             )
         for name in layers:
             encoder.swap(model, name, chosen[name], recorder)
@@ -204,9 +212,8 @@ class Quantize(Step):
         self.check(model, context)
         ready = self._prepare(model, context, Recorder(self))
         assert ready.traced is not None, "a budget is needed to choose"
-        options = {name: ready.schemes[name] for name in ready.units}
         return measure_losses(
-            model, ready.traced, options, ready.units, ready.encoder, self.solver, context, correct=self.correct
+            model, ready.traced, ready.options, ready.units, ready.encoder, self.solver, context, correct=self.correct
         )
 
     def _prepare(self, model: nn.Module, context: Context, recorder: Recorder) -> Prepared:

@@ -33,7 +33,10 @@ def write_tokens(rewriter: Rewriter) -> None:
         for user, _ in list(out.uses()):
             if user.op_type == "Gemm" and user.inputs[1] is not None:
                 gemm_to_matmul(rewriter, user.inputs[1])
-        tokens = seen.setdefault((id(x), qmax), _Tokens(rewriter, node, x, qmax))
+        key = (id(x), qmax)
+        if key not in seen:
+            seen[key] = _Tokens(rewriter, node, x, qmax)
+        tokens = seen[key]
         for user, index in list(out.uses()):
             weight = _integers(user.inputs[1]) if user.op_type == "MatMul" and index == 0 else None
             if weight is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,6 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from gracile.files import write_bytes
-
-#: States of modules by their name.
-States = Mapping[str, dict[str, Tensor]]
 
 
 class FinishedParts:
@@ -38,10 +34,8 @@ class FinishedParts:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, Any] = json.loads(file.metadata()["part"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        wanted = _flat(states_of(model, modules))
-        if metadata["part"] != part or {k: t.shape for k, t in tensors.items()} != {
-            k: t.shape for k, t in wanted.items()
-        }:
+        shapes = {key: t.shape for key, t in tensors.items()}
+        if metadata["part"] != part or shapes != {key: t.shape for key, t in _tensors(model, modules).items()}:
             return None
         for name in modules:
             prefix = f"{name}/"
@@ -55,7 +49,9 @@ class FinishedParts:
         path = self._path(index)
         if path is None:
             return
-        tensors = {key: t.contiguous() for key, t in _flat(states_of(model, modules)).items()}
+        tensors = {
+            key: t.detach().clone().contiguous() for key, t in _tensors(model, modules).items()
+        }  # tied ones apart
         content = to_bytes(tensors, metadata={"part": json.dumps({"part": part, "numbers": numbers})})
         write_bytes(path, content)
 
@@ -71,5 +67,5 @@ def states_of(model: nn.Module, modules: list[str]) -> dict[str, dict[str, Tenso
     }
 
 
-def _flat(states: States) -> dict[str, Tensor]:
-    return {f"{name}/{key}": tensor for name, state in states.items() for key, tensor in state.items()}
+def _tensors(model: nn.Module, modules: list[str]) -> dict[str, Tensor]:
+    return {f"{name}/{key}": t for name in modules for key, t in model.get_submodule(name).state_dict().items()}

@@ -33,3 +33,8 @@ class Prepared:
         together = {name for group in tied for name in group}
         alone = [[name] for name in (*self.layers, *self.recurrent) if name not in together]
         return {group[0]: group for group in (*tied, *alone) if group}
+
+    @property
+    def options(self) -> dict[str, tuple[Scheme, ...]]:
+        """The schemes that each unit may take, by its first layer."""
+        return {name: self.schemes[name] for name in self.units}

@@ -24,7 +24,7 @@ from gracile.steps.pruning.sequence import called_once, targets_of
 from gracile.steps.quantization.finished_parts import FinishedParts, states_of
 from gracile.steps.quantization.grids import grid_of
 from gracile.steps.quantization.round_recurrent import round_recurrent
-from gracile.steps.quantization.solve_rounding import LayerRounding, solve_rounding
+from gracile.steps.quantization.solve_rounding import LayerRounding, rounding_of, solve_rounding
 
 
 @dataclass
@@ -164,7 +164,7 @@ def round_layer(
     layer.set_weight(solved.encode(layer))
     if moments.centred(name):
         moments.shift(name, solved.shift(layer.decoded_weight().double().cpu()))
-    return solved.gains
+    return rounding_of([solved])
 
 
 def _numbers(

@@ -18,7 +18,7 @@ from gracile.stats.sums import Reached
 from gracile.stats.targets import ROWS
 from gracile.stats.unroll import Steps, suffixes, unroll
 from gracile.steps.quantization.grids import grid_of
-from gracile.steps.quantization.solve_rounding import LayerRounding, Solved, solve_rounding
+from gracile.steps.quantization.solve_rounding import LayerRounding, Solved, rounding_of, solve_rounding
 
 #: What feeds one batch to a model, by the batch's index.
 Run = Callable[[int], Any]
@@ -56,12 +56,10 @@ def round_recurrent(
     """
     now = _Layer(layer, _calls(layer, run, batches))
     then = _Layer(original, _calls(original, run_original, batches))
-    losses: list[Solved] = []
+    solved: list[Solved] = []
     for suffix in suffixes(now.module):
-        losses += _round_suffix(now, then, suffix, solver, ranges)
-    total = [sum(parts) for parts in zip(*((s.loss, s.nearest_loss, s.signal) for s in losses), strict=True)]
-    raised = max(solved.problem.raised for solved in losses)
-    return LayerRounding(total[0] / max(total[1], 1e-300), total[0] / max(total[2], 1e-300), raised)
+        solved += _round_suffix(now, then, suffix, solver, ranges)
+    return rounding_of(solved)
 
 
 def _round_suffix(now: _Layer, then: _Layer, suffix: str, solver: RoundingSolver, ranges: Range) -> list[Solved]:
@@ -92,9 +90,9 @@ def _round_suffix(now: _Layer, then: _Layer, suffix: str, solver: RoundingSolver
         raise CannotRefitError(f"the steps of {suffix} are others than in the original")
     found = [solve("ih", inputs, [steps.inputs @ weights["ih"].T for steps in before])]
     present, added = now.steps(suffix), _added(then.module)
-    targets = []
+    rounded, targets = getattr(now.module, f"weight_ih_{suffix}"), []
     for steps, steps0 in zip(present, before, strict=True):
-        lacking = steps0.inputs @ weights["ih"].T - steps.inputs @ getattr(now.module, f"weight_ih_{suffix}").T
+        lacking = steps0.inputs @ weights["ih"].T - steps.inputs @ rounded.T
         if biases["ih"] is not None:
             lacking += biases["ih"].detach() - getattr(now.module, f"bias_ih_{suffix}").detach()
         lacking[:, added:] = 0

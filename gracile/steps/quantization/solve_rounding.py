@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,24 +41,6 @@ class Solved:
     problem: RoundingProblem
     rounded: Rounded
 
-    @property
-    def loss(self) -> float:
-        return float(self.rounded.loss.sum())
-
-    @property
-    def nearest_loss(self) -> float:
-        return float(self.rounded.nearest_loss.sum())
-
-    @property
-    def signal(self) -> float:
-        """The loss of a weight of zeros."""
-        return float(self.problem.loss(torch.zeros_like(self.problem.target)).sum())
-
-    @property
-    def gains(self) -> LayerRounding:
-        gain, error = self.loss / max(self.nearest_loss, 1e-300), self.loss / max(self.signal, 1e-300)
-        return LayerRounding(gain, error, self.problem.raised)
-
     def encode(self, layer: QuantizedLayer) -> dict[str, Tensor]:
         """The tensors of the layer's weight."""
         fmt, rounded = layer.weight_format, self.rounded
@@ -75,6 +58,15 @@ class Solved:
         target = self.asymmetry * self.moments.mean_target
         target = target + (1 - self.asymmetry) * (self.prior @ mean).squeeze(-1)
         return (target - (decoded @ mean).squeeze(-1)).flatten()
+
+
+def rounding_of(weights: Sequence[Solved]) -> LayerRounding:
+    """How a layer of these weights came out, their losses added up; a weight of zeros has its outputs' squares."""
+    loss = sum(float(w.rounded.loss.sum()) for w in weights)
+    nearest = sum(float(w.rounded.nearest_loss.sum()) for w in weights)
+    signal = sum(float(w.problem.loss(torch.zeros_like(w.problem.target)).sum()) for w in weights)
+    raised = max(w.problem.raised for w in weights)
+    return LayerRounding(loss / max(nearest, 1e-300), loss / max(signal, 1e-300), raised)
 
 
 def solve_rounding(
