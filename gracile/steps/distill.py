@@ -30,9 +30,9 @@ class Distill(Step):
     losses: distillation losses (student, teacher) -> scalar, summed: SoftLabels(temperature), HardLabels(), ... of the
         outputs, and Hint(layers) of what layers give, the mean over these.
     epochs: passes over `data.train`. The best one on held-out training data is kept.
-    mixup: share of the training batches, in [0, 1], whose examples are mixed in pairs (`mix_examples`), for student and
-        teacher alike. For inputs of real numbers, and without labels. Helps where the teacher knows its training data
-        by heart: between them its answers say more. Source: Beyer et al. 2022, arXiv:2106.05237.
+    mixup: share of the training examples, in [0, 1], that are mixed with another of their batch (`mix_examples`), for
+        student and teacher alike. For inputs of real numbers, and without labels. Helps where the teacher knows its
+        training data by heart: between them its answers say more. Source: Beyer et al. 2022, arXiv:2106.05237.
     label_weight: share of the true labels' loss, in [0, 1); above 0 it needs `data.loss`.
     optimizer: SGD(...) or AdamW(...). None: AdamW(1e-3) with a Hint, which goes on from a good start, and where weights
         have fewer than 8 bits; else SGD for nets with two-dimensional batch norms and AdamW for others.
@@ -63,7 +63,7 @@ class Distill(Step):
         if not 0 <= self.label_weight < 1:
             raise ConfigError(f"Distill(label_weight={self.label_weight!r}): expected a number in [0, 1).")
         if not 0 <= self.mixup <= 1:
-            raise ConfigError(f"Distill(mixup={self.mixup!r}): expected a share of the batches, from 0 to 1.")
+            raise ConfigError(f"Distill(mixup={self.mixup!r}): expected a share of the examples, from 0 to 1.")
         if self.mixup > 0 and self.label_weight > 0:
             raise ConfigError("Distill: mixed examples have no label.\n  Give mixup or label_weight, not both.")
 
@@ -115,8 +115,8 @@ class Distill(Step):
             recorder.notes.append(f"Hidden states of {len(states.layers)} modules: {', '.join(states.layers)}.")
 
         def objective(net: nn.Module, batch: Batch) -> Tensor:
-            if self.mixup > 0 and torch.is_grad_enabled() and torch.rand(()).item() < self.mixup:
-                batch = mix_examples(batch)
+            if self.mixup > 0 and torch.is_grad_enabled():
+                batch = mix_examples(batch, self.mixup)
             outputs = data.forward(net, batch)
             student = logits_of(outputs).float()
             with torch.no_grad():

@@ -56,14 +56,18 @@ def split_training(train: Iterable[Batch], fraction: float, generator: torch.Gen
     return Split(_At(train, positions, False), _At(train, positions, True), count - held, note)
 
 
-def mix_examples(batch: Batch) -> Batch:
-    """λ x + (1 − λ) x_π: each example mixed with another of the batch, λ uniform in [0, 1] and one for the batch.
+def mix_examples(batch: Batch, share: float = 1.0) -> Batch:
+    """λ x + (1 − λ) x_π: examples mixed with others of the batch, each by a λ of its own, uniform in [0, 1].
 
-    Every tensor of real numbers whose first axis is the batch is mixed by the same λ and permutation π, drawn from
-    torch's global random state; others stay as they are. Raises DataError where there is none, as with token ids.
-    Source: mixup with α = 1, Zhang et al. 2018, arXiv:1710.09412, here without labels.
+    share: the probability that an example is mixed, in [0, 1]; λ is 1 for the others. Every tensor of real numbers
+    whose first axis is the batch is mixed by the same λ [examples] and permutation π, drawn from torch's global random
+    state; others stay as they are. Raises DataError where there is none, as with token ids.
+    Source: mixup with α = 1, Zhang et al. 2018, arXiv:1710.09412, here without labels. One λ for a whole batch, as there,
+    gives every batch a variance of its own, and batch norms statistics that no batch has.
     """
-    weight, order = torch.rand(()).item(), torch.randperm(batch_size(batch))
+    count = batch_size(batch)
+    weights = torch.where(torch.rand(count) < share, torch.rand(count), torch.ones(()))
+    order = torch.randperm(count)
     mixed = 0
 
     def mix(x: Tensor) -> Tensor:
@@ -71,7 +75,8 @@ def mix_examples(batch: Batch) -> Batch:
         if not x.is_floating_point():
             return x
         mixed += 1
-        return x * weight + x[order.to(x.device)] * (1 - weight)
+        weight = weights.to(x).view(-1, *[1] * (x.ndim - 1))
+        return torch.lerp(x[order.to(x.device)], x, weight)
 
     batch = map_examples(batch, mix)
     if not mixed:

@@ -150,15 +150,27 @@ def test_no_data_are_refused(empty: Any) -> None:
         split_training(empty, 0.1, generator())
 
 
-def test_examples_are_mixed_in_pairs_by_one_weight_and_whole_numbers_are_not() -> None:
-    x, ids = torch.arange(12.0).reshape(6, 2), torch.arange(6)
+def test_examples_are_mixed_in_pairs_each_by_its_own_weight_and_whole_numbers_are_not() -> None:
     torch.manual_seed(3)
-    mixed = mix_examples({"x": x, "ids": ids, "scale": torch.tensor(2.0)})
-    torch.manual_seed(3)
-    weight, order = float(torch.rand(())), torch.randperm(6)
-    for i, row in enumerate(mixed["x"].tolist()):
-        other = int(order[i])
-        assert row == pytest.approx([weight * a + (1 - weight) * b for a, b in zip(x[i].tolist(), x[other].tolist())])
+    x, y, ids = torch.arange(12.0).reshape(6, 2), torch.arange(6.0).reshape(6, 1, 1), torch.arange(6)
+    mixed = mix_examples({"x": x, "y": y, "ids": ids, "scale": torch.tensor(2.0)})
+    # Rows are 2i, 2i + 1: λ i + (1 − λ) π(i) can be read off both tensors and must be the same in them.
+    place = (mixed["x"][:, 0] / 2).tolist()
+    assert place == pytest.approx(mixed["y"].flatten().tolist()) and all(0 <= p <= 5 for p in place)
+    assert torch.allclose(mixed["x"][:, 1] - mixed["x"][:, 0], torch.ones(6))
+    assert len({round(p % 1, 4) for p in place}) > 3, "one weight for all"
     assert torch.equal(mixed["ids"], ids) and float(mixed["scale"]) == 2
+
+
+def test_a_share_of_the_examples_is_mixed() -> None:
+    torch.manual_seed(3)
+    x = torch.arange(10_000.0)
+    changed = float((mix_examples(x, 0.3) != x).float().mean())
+    assert changed == pytest.approx(0.3, abs=0.02)  # four standard deviations of a share of 10,000 draws
+    assert torch.equal(mix_examples(x, 0.0), x)
+
+
+def test_token_ids_are_not_mixed() -> None:
+    ids = torch.arange(6)
     with pytest.raises(DataError, match="token ids"):
         mix_examples({"ids": ids})
