@@ -62,8 +62,8 @@ def mix_examples(batch: Batch, share: float = 1.0) -> Batch:
     share: the probability that an example is mixed, in [0, 1]; λ is 1 for the others. Every tensor of real numbers
     whose first axis is the batch is mixed by the same λ [examples] and permutation π, drawn from torch's global random
     state; others stay as they are. Raises DataError where there is none, as with token ids.
-    Source: mixup with α = 1, Zhang et al. 2018, arXiv:1710.09412, here without labels. One λ for a whole batch, as there,
-    gives every batch a variance of its own, and batch norms statistics that no batch has.
+    Source: mixup with α = 1, Zhang et al. 2018, arXiv:1710.09412, here without labels. With one λ for a whole batch, as
+    there, every batch has a variance of its own, and batch norms keep statistics that no batch has.
     """
     count = batch_size(batch)
     weights = torch.where(torch.rand(count) < share, torch.rand(count), torch.ones(()))
