@@ -91,6 +91,15 @@ class QuantizedLayer(TrainsOnGrid):
         tensors = {name: getattr(self, f"weight_{name}") for name in self.weight_tensors}
         return {**tensors, "shape": torch.tensor(self.weight_shape, dtype=torch.int64)}
 
+    @property
+    def input_range(self) -> tuple[float, float] | None:
+        """The lowest and the highest input that has a code; None where inputs have no grid that is fixed."""
+        fmt = self.input_format
+        if fmt is None or is_dynamic(fmt):
+            return None
+        scale, zero_point = float(self._scale("input").detach()), int(self.input_zero_point)  # type: ignore[arg-type]
+        return scale * (fmt.qmin - zero_point), scale * (fmt.qmax - zero_point)
+
     def decoded_weight(self) -> Tensor:
         """The float32 weight that the layer computes with, in the shape of the layer it replaced."""
         if self.rounding is not None:

@@ -198,9 +198,12 @@ def _row(
 
 
 def _merged(group: list[LayerRow]) -> LayerView:
-    def last(field: str) -> Any:
-        return next((v for row in reversed(group) if (v := getattr(row, field)) is not None), None)
+    """The rows of one layer as one: the last value of each, but what was measured before it was trained."""
 
+    def last(field: str, start: int = 0) -> Any:
+        return next((v for row in reversed(group[start:]) if (v := getattr(row, field)) is not None), None)
+
+    trained = max((i for i, row in enumerate(group) if row.action == "trained"), default=0)
     actions = list(dict.fromkeys(row.action for row in group))
     if len(actions) > 1:
         actions = [action for action in actions if action != "skipped"]
@@ -214,7 +217,7 @@ def _merged(group: list[LayerRow]) -> LayerView:
         bits=last("bits"),
         format=last("format"),
         range=last("range"),
-        clipped=last("clipped"),
-        error=last("error"),
+        clipped=last("clipped", trained),
+        error=last("error", trained),
         reason="; ".join(dict.fromkeys(row.reason for row in group if row.reason)),
     )

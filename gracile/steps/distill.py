@@ -14,6 +14,7 @@ from gracile.data import Batch, logits_of
 from gracile.errors import ConfigError, DataError
 from gracile.losses import Hint, SoftLabels
 from gracile.modes import channels_last, eval_mode
+from gracile.nn import QuantizedLayer
 from gracile.recipe import Recorder, Step
 from gracile.report.model import LayerRow, StepRecord
 from gracile.steps.optimizers import SGD, AdamW, default_optimizer
@@ -135,7 +136,7 @@ class Distill(Step):
             stack.enter_context(eval_mode(teacher))
             stack.enter_context(channels_last(teacher))
             train(model, objective, split, schedule, context, recorder)
-        recorder.layers.append(LayerRow(name="(all)", kind=type(model).__name__, action="trained"))
+        recorder.layers += _rows(model)
         return recorder.record()
 
     def _hidden_states(self, model: nn.Module, batch: Batch, context: Context) -> dict[Hint, HiddenStates]:
@@ -186,7 +187,7 @@ class Finetune(Step):
         recorder.notes.append(split.note)
         schedule = _schedule(self, model)
         train(model, lambda net, batch: loss(data.forward(net, batch), batch), split, schedule, context, recorder)
-        recorder.layers.append(LayerRow(name="(all)", kind=type(model).__name__, action="trained"))
+        recorder.layers += _rows(model)
         return recorder.record()
 
 
@@ -198,6 +199,17 @@ def _answers(model: nn.Module, batch: Batch, context: Context) -> Tensor:
 def _schedule(step: Distill | Finetune, model: nn.Module, default: SGD | AdamW | None = None) -> Schedule:
     optimizer = step.optimizer or default or default_optimizer(model)
     return Schedule(step.epochs, optimizer, step.mixed_precision, step.span)
+
+
+def _rows(model: nn.Module) -> list[LayerRow]:
+    """One for the model, and one for each layer whose inputs have a grid, with the range that this was trained to."""
+    rows = [LayerRow(name="(all)", kind=type(model).__name__, action="trained")]
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLayer) and module.input_range is not None:
+            zeros = float((module.decoded_weight() == 0).float().mean())
+            kind = type(module).__name__
+            rows.append(LayerRow(name=name, kind=kind, action="trained", range=module.input_range, sparsity=zeros))
+    return rows
 
 
 def _check_training(step: Distill | Finetune) -> None:

@@ -76,3 +76,19 @@ def test_steps_of_one_layer_merge_into_one_line():
     assert (a.actions, a.kept, a.of, a.width, a.sparsity, a.bits) == ("cut, quantized", 6, 16, 6 / 16, 0.5, 8.0)
     assert (b.actions, b.reason) == ("skipped", "frozen")
     assert view.skipped_by_reason(report) == [("frozen", ["b"])]
+
+
+def test_what_was_measured_before_training_is_not_said_of_the_layer_after_it():
+    def rows(*actions):
+        found = [LayerRow(name="a", kind="Linear", **more) for more in actions]
+        return view.layers(
+            Report(title="", steps=tuple(StepRecord(step={}, title="", seconds=0, layers=(r,)) for r in found))
+        )
+
+    quantized = {"action": "quantized", "bits": 4.0, "range": (0.0, 2.0), "clipped": 0.01, "error": 0.1}
+    (before,) = rows(quantized)
+    assert (before.range, before.clipped, before.error) == ((0.0, 2.0), 0.01, 0.1)
+    (after,) = rows(quantized, {"action": "trained", "range": (0.0, 1.5)})
+    assert (after.bits, after.range, after.clipped, after.error) == (4.0, (0.0, 1.5), None, None)
+    (again,) = rows(quantized, {"action": "trained"}, {"action": "corrected", "error": 0.05})
+    assert (again.clipped, again.error) == (None, 0.05)

@@ -11,8 +11,9 @@ from torch import nn
 from gracile.context import Context
 from gracile.data import Data
 from gracile.errors import ConfigError, DataError
+from gracile.formats import W4A8
 from gracile.losses import HardLabels, SoftLabels, cross_entropy
-from gracile.steps import SGD, Distill, Finetune
+from gracile.steps import SGD, AdamW, Distill, Finetune, Quantize
 
 X = torch.randn(32, 5, generator=torch.Generator().manual_seed(0))
 Y = torch.randint(0, 3, (32,), generator=torch.Generator().manual_seed(1))
@@ -85,6 +86,18 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn() -> None:
 def test_labels_are_not_needed_without_their_weight() -> None:
     record = Distill()(linear(0), Context(Data(train=[X]), linear(1), linear(1)))
     assert [(row.name, row.action) for row in record.layers] == [("(all)", "trained")]
+
+
+@pytest.mark.parametrize("step", [Distill(optimizer=AdamW(0.05)), Finetune(optimizer=AdamW(0.05))])
+def test_rows_have_the_ranges_that_inputs_were_trained_to(step: Distill | Finetune) -> None:
+    model, teacher = nn.Sequential(linear(0, 6), nn.ReLU(), nn.Linear(6, 3)), linear(1)
+    ctx = Context(Data(calibration=[X], train=[(X, Y)], loss=cross_entropy), teacher, teacher)
+    before = {row.name: row.range for row in Quantize(W4A8, exclude=("2",))(model, ctx).layers if row.range}
+    after = {row.name: row for row in step(model, ctx).layers}
+    assert set(after) == {"(all)", "0.0"} == {"(all)", *before}
+    codes = after["0.0"].range[1] / float(model[0][0].input_scale) + int(model[0][0].input_zero_point)  # type: ignore[index]
+    assert codes == pytest.approx(255) and after["0.0"].range != before["0.0"]
+    assert after["0.0"].action == "trained" and after["0.0"].sparsity == float((model[0][0].weight == 0).float().mean())
 
 
 @pytest.mark.parametrize(

@@ -196,12 +196,10 @@ class Encoder:
 
     def _input_range(self, name: str, layer: QuantizedLayer) -> dict[str, Any]:
         """The range of a layer's inputs, and how much of what calibration saw lies beyond."""
-        fmt, stats = layer.input_format, self.stats.get(name)
-        if fmt is None or is_dynamic(fmt) or stats is None or stats.input is None:
+        found, stats = layer.input_range, self.stats.get(name)
+        if found is None or stats is None or stats.input is None:
             return {}
-        scale, zero_point = float(layer.input_scale), int(layer.input_zero_point)
-        low, high = scale * (fmt.qmin - zero_point), scale * (fmt.qmax - zero_point)
-        return {"range": (low, high), "clipped": stats.input.share_outside(low, high)}
+        return {"range": found, "clipped": stats.input.share_outside(*found)}
 
 
 def _title(layer: QuantizedLayer) -> str:
