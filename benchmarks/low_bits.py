@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--mid-rise", action="store_true", help="weights on grids that zero lies in the middle of")
     parser.add_argument("--solver", choices=("nearest", "GPTQ"), default="nearest")
     parser.add_argument("--images", type=int, default=1024, help="to calibrate on")
+    parser.add_argument("--batch", type=int, default=128, help="images in one step of the training")
     parser.add_argument("--train", type=int, default=20_000, help="images to train on")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -49,7 +50,8 @@ def main() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         calibration = [augment(batch) for batch in images[order[: args.images]].split(128)]
-    data = gc.Data(calibration=calibration, train=augmented_loader(images[: args.train], labels[: args.train]))
+    loader = augmented_loader(images[: args.train], labels[: args.train], args.batch)
+    data = gc.Data(calibration=calibration, train=loader)
     print(json.dumps({"float": accuracy(model, test, answers), "settings": vars(args)}), flush=True)
     solver = gc.solvers.GPTQ() if args.solver == "GPTQ" else None
     for name in args.schemes:
