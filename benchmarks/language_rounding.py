@@ -4,9 +4,9 @@
     python -m benchmarks.language_rounding --epochs 3 --variants "nearest by min-max" GPTQ
 
 stories260k, all linear layers of its blocks on asymmetric grids; the tied embedding stays float. Calibration: windows
-of 256 tokens of the training stories. Perplexity on the test stories in windows of 512; share = (nearest by min-max −
-found) / (nearest by min-max − float). "published GPTQ" is the algorithm of arXiv:2210.17323 with its clipping of the
-grid and activation order, on the same moments. --epochs tunes codes, scales, norms and biases of each variant but the
+of --length tokens of the training stories. Perplexity on the test stories in windows of 512; share = (nearest by
+min-max − found) / (nearest by min-max − float). "published GPTQ" is the algorithm of arXiv:2210.17323 with its
+clipping of the grid and activation order, on the same moments. --epochs tunes codes, scales, norms and biases of each variant but the
 first end to end afterwards, by soft labels of the float model on the training stories. HQQ is what its own optimizer
 does at its defaults, with zero points in float32 (`pip install --no-deps --no-build-isolation hqq termcolor`).
 """
@@ -76,15 +76,17 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, HQQ], default=list(VARIANTS))
     parser.add_argument("--windows", type=int, default=128)
+    parser.add_argument("--length", type=int, default=256, help="tokens in a window of calibration and training")
     parser.add_argument("--epochs", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     model = stories()
-    pool = windows("calibration", 256)
+    pool = windows("calibration", args.length)
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(args.seed))[: args.windows]
-    loader = DataLoader(list(pool), batch_size=16, shuffle=True)
-    data = gc.Data(calibration=list(pool[order].split(16)), train=loader)
+    batch = 4096 // args.length
+    loader = DataLoader(list(pool), batch_size=batch, shuffle=True)
+    data = gc.Data(calibration=list(pool[order].split(batch)), train=loader)
     tune = gc.Distill(
         losses=(gc.SoftLabels(temperature=1.0),),
         epochs=max(1, args.epochs),
