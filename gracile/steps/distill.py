@@ -136,7 +136,7 @@ class Distill(Step):
             stack.enter_context(eval_mode(teacher))
             stack.enter_context(channels_last(teacher))
             train(model, objective, split, schedule, context, recorder)
-        recorder.layers += _rows(model)
+        recorder.layers += _rows(model, trained=recorder.numbers["best_epoch"] > 0)
         return recorder.record()
 
     def _hidden_states(self, model: nn.Module, batch: Batch, context: Context) -> dict[Hint, HiddenStates]:
@@ -187,7 +187,7 @@ class Finetune(Step):
         recorder.notes.append(split.note)
         schedule = _schedule(self, model)
         train(model, lambda net, batch: loss(data.forward(net, batch), batch), split, schedule, context, recorder)
-        recorder.layers += _rows(model)
+        recorder.layers += _rows(model, trained=recorder.numbers["best_epoch"] > 0)
         return recorder.record()
 
 
@@ -201,14 +201,14 @@ def _schedule(step: Distill | Finetune, model: nn.Module, default: SGD | AdamW |
     return Schedule(step.epochs, optimizer, step.mixed_precision, step.span)
 
 
-def _rows(model: nn.Module) -> list[LayerRow]:
-    """One for the model, and one for each layer whose inputs have a grid, with the range that this was trained to."""
+def _rows(model: nn.Module, trained: bool) -> list[LayerRow]:
+    """One for the model; if training changed it, one for each layer whose inputs have a grid, with its range now."""
     rows = [LayerRow(name="(all)", kind=type(model).__name__, action="trained")]
-    for name, module in model.named_modules():
-        if isinstance(module, QuantizedLayer) and module.input_range is not None:
+    for name, module in model.named_modules() if trained else ():
+        if isinstance(module, QuantizedLayer) and (found := module.input_range) is not None:
             zeros = float((module.decoded_weight() == 0).float().mean())
             kind = type(module).__name__
-            rows.append(LayerRow(name=name, kind=kind, action="trained", range=module.input_range, sparsity=zeros))
+            rows.append(LayerRow(name=name, kind=kind, action="trained", range=found, sparsity=zeros))
     return rows
 
 

@@ -100,6 +100,14 @@ def test_rows_have_the_ranges_that_inputs_were_trained_to(step: Distill | Finetu
     assert after["0.0"].action == "trained" and after["0.0"].sparsity == float((model[0][0].weight == 0).float().mean())
 
 
+def test_training_that_is_taken_back_has_no_row_for_a_layer() -> None:
+    model, teacher = nn.Sequential(linear(0, 6), nn.ReLU(), nn.Linear(6, 3)), linear(1)
+    ctx = Context(Data(calibration=[X], train=[X[:16], X[16:]]), teacher, teacher)
+    Quantize(W4A8, exclude=("2",))(model, ctx)
+    record = Distill(optimizer=AdamW(1e4), held_out=0.5)(model, ctx)  # 10 in its first and only step
+    assert record.numbers["best_epoch"] == 0 and [row.name for row in record.layers] == ["(all)"]
+
+
 @pytest.mark.parametrize(
     ("step", "data", "error", "message"),
     [
