@@ -100,6 +100,11 @@ class QuantizedLayer(TrainsOnGrid):
         scale, zero_point = float(self._scale("input").detach()), int(self.input_zero_point)  # type: ignore[arg-type]
         return scale * (fmt.qmin - zero_point), scale * (fmt.qmax - zero_point)
 
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the weights that decode to zero."""
+        return float((self.decoded_weight() == 0).float().mean())
+
     def decoded_weight(self) -> Tensor:
         """The float32 weight that the layer computes with, in the shape of the layer it replaced."""
         if self.rounding is not None:

@@ -206,8 +206,7 @@ def _rows(model: nn.Module, trained: bool) -> list[LayerRow]:
     rows = [LayerRow(name="(all)", kind=type(model).__name__, action="trained")]
     for name, module in model.named_modules() if trained else ():
         if isinstance(module, QuantizedLayer) and (found := module.input_range) is not None:
-            zeros = float((module.decoded_weight() == 0).float().mean())
-            kind = type(module).__name__
+            kind, zeros = type(module).__name__, module.sparsity
             rows.append(LayerRow(name=name, kind=kind, action="trained", range=found, sparsity=zeros))
     return rows
 

@@ -186,7 +186,7 @@ class Encoder:
                 kind=type(old).__name__,
                 action="quantized",
                 bits=8 * sum(t.nbytes for key, t in encoded.items() if key != "shape") / old.weight.numel(),
-                sparsity=float((new.decoded_weight() == 0).float().mean()),
+                sparsity=new.sparsity,
                 format=_title(layer),
                 **self._input_range(name, layer),
                 error=float(error),
