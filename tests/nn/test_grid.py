@@ -83,12 +83,29 @@ def test_a_weight_starts_where_its_cell_is_nearest_to_the_original(fmt: Int) -> 
     assert torch.equal(new(x), before)  # no code has changed
     held = new.weight.detach()
     assert float((held - decoded).abs().mean()) > 0
-    rows = decoded.numpy(), original.numpy()
-    factor = (rows[0] * rows[1]).sum(1, keepdims=True) / (rows[1] ** 2).sum(1, keepdims=True)
-    nearer = np.abs(held.numpy() - factor * rows[1]) <= np.abs(decoded.numpy() - factor * rows[1]) + 1e-6
-    assert nearer.all()
+    assert not new.solved
+    within = (held - decoded).abs() < 0.48 * new.weight_scale.repeat_interleave(
+        held.numel() // new.weight_scale.numel()
+    ).view(6, 8)
+    for values, priors, free in zip(held, original, within):
+        ratio = (values / priors)[free]
+        torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio))
     new.end_training()
     assert torch.equal(new.decoded_weight(), decoded)
+
+
+def test_a_weight_whose_code_a_solver_chose_starts_at_its_code() -> None:
+    layer, fmt = nn.Linear(4, 2, bias=False), Int(3)
+    original = torch.tensor([[2.2, -1.3, 0.6, 3.4], [5.0, 3.4, 3.4, -5.0]])
+    codes = torch.tensor([[2.0, -2.0, 1.0, 3.0], [3.0, 3.0, 3.0, -4.0]])  # -1.3 would have gone to -1
+    encoded = fmt.encode(codes, scale=torch.ones(2))
+    new = quantize_layer(layer, {f"weight_{name}": t for name, t in encoded.items()}, {"weight": format_to_config(fmt)})
+    new.begin_training(original)
+    assert new.solved
+    assert new.weight[0, 1] == -2.0
+    assert float(new.weight[1, 0].detach()) == pytest.approx(3.49)  # there is no cell on that side
+    new.end_training()
+    assert torch.equal(new.decoded_weight(), codes)
 
 
 def test_an_original_of_another_shape_tells_nothing() -> None:
@@ -220,9 +237,19 @@ def test_frozen_batch_norms_keep_their_statistics() -> None:
     layer(x)
     moved = layer.batch_norm.running_mean.clone()  # type: ignore[union-attr,operator]
     assert bool(moved.any())
+    freeze_batch_norms(layer, solved=True)  # rounded to nearest: not yet
+    assert layer.batch_norm.training  # type: ignore[union-attr]
     freeze_batch_norms(layer)
     layer(x + 5)
     assert torch.equal(layer.batch_norm.running_mean, moved)  # type: ignore[union-attr,arg-type]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.8])
+def test_statistics_that_codes_were_solved_for_are_kept_from_the_start(noise: float) -> None:
+    layer, generator = conv().train(), torch.Generator().manual_seed(9)
+    layer.begin_training(layer.decoded_weight() + noise * torch.randn(5, 3, 3, 3, generator=generator))
+    freeze_batch_norms(layer, solved=True)
+    assert layer.batch_norm.training is (noise == 0)
 
 
 def test_weights_behind_a_batch_norm_that_trains_keep_the_size_of_each_channel() -> None:
