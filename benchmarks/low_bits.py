@@ -1,6 +1,7 @@
 """Quantization-aware distillation: a ResNet-20 with few bits in weights and inputs, trained on its learned grids.
 
     python -m benchmarks.low_bits [--schemes W4A4 W3A3 W2A2] [--epochs 20] [--no-hints] [--solver GPTQ] [--seed 0]
+    python -m benchmarks.low_bits --epochs 0 --solver GPTQ --mid-rise
 
 From `apot_res20_32bit` (92.96 % on test5k). Training on augmented images of train20k, by soft labels of the float model
 and, unless --no-hints, its blocks' states; part of these choose the epoch, and test5k only judges. First and last layer
@@ -30,7 +31,7 @@ PROJECTIONS = ("*downsample*",)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--schemes", nargs="+", default=["W4A4", "W3A3", "W2A2"])
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=20, help="0: no training")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--mixup", type=float, default=0.5)
@@ -63,13 +64,13 @@ def main() -> None:
             quantize = gc.Recipe(replace(quantize, exclude=PROJECTIONS), gc.Quantize(gc.W8A8))
         distill = gc.Distill(
             losses=(gc.SoftLabels(temperature=args.temperature), *([gc.losses.Hint()] if args.hints else [])),
-            epochs=args.epochs,
+            epochs=max(1, args.epochs),
             mixup=args.mixup,
             optimizer=AdamW(args.learning_rate, weight_decay=0.0),
             mixed_precision=True,
         )
         start = time.perf_counter()
-        result = gc.compress(model, gc.Recipe(quantize, distill), data, seed=args.seed)
+        result = gc.compress(model, gc.Recipe(quantize, distill) if args.epochs else quantize, data, seed=args.seed)
         seconds = time.perf_counter() - start
         row = {"scheme": name, "accuracy": accuracy(result.model, test, answers), "seconds": round(seconds)}
         row["bytes"] = state_bytes(result.model) / state_bytes(model)
