@@ -7,6 +7,8 @@ from torch import Tensor
 
 #: How far from a grid point, in steps, a weight may start to train: not quite the half that would round it elsewhere.
 CELL = 0.49
+#: Rows whose factors are found at a time: the table of a large embedding has many.
+ROWS = 4096
 
 
 def start_in_cells(weight: Tensor, prior: Tensor, step: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, float]:
@@ -22,12 +24,12 @@ def start_in_cells(weight: Tensor, prior: Tensor, step: Tensor, low: Tensor, hig
     """
     edges = torch.stack(
         [
-            torch.where(weight <= low, -torch.inf, weight - step / 2),
-            torch.where(weight >= high, torch.inf, weight + step / 2),
+            torch.where(weight < low + step / 4, -torch.inf, weight - step / 2),
+            torch.where(weight > high - step / 4, torch.inf, weight + step / 2),
         ]
     )
-    factor = _factors(edges, weight, prior)
-    wanted = factor * prior
+    parts = zip(edges.split(ROWS, dim=1), weight.split(ROWS), prior.split(ROWS))
+    wanted = torch.cat([_factors(*part) for part in parts]) * prior
     nearest = (wanted >= edges[0]) & (wanted <= edges[1])
     reach = CELL * step
     inside = torch.maximum(torch.minimum(wanted, weight + reach), weight - reach)
