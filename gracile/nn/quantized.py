@@ -128,13 +128,15 @@ class QuantizedLayer(TrainsOnGrid):
 
         original: the float weight before all compression; of a weight of the same shape, each value starts where its
         code's cell is nearest to it, up to a factor for each row, and so nearer to the codes that it might change to.
-        Codes that are not the nearest to it were solved for or trained (`solved`): their values start at them.
+        Codes that are not the nearest to it were solved for, trained, or come of refitted weights (`solved`): their
+        values start at them.
         """
         if self.trains:
             return
-        weight = self.decoded_weight().clone()
+        weight, self.solved = self.decoded_weight().clone(), False
         if original is not None and original.shape == weight.shape and self.weight_format.step:
-            weight = self._within_cells(weight, self._as_encoded(original.detach().to(weight)))
+            prior = self._as_encoded(original.detach().to(weight))
+            weight = self._within_cells(weight, torch.where(weight == 0, 0.0, prior) if self.sparse else prior)
         for role in self._learned_roles():
             scale: Tensor = getattr(self, f"{role}_scale")
             self.register_parameter(f"{role}_scale_change", nn.Parameter(torch.zeros_like(scale)))

@@ -108,6 +108,20 @@ def test_a_weight_whose_code_a_solver_chose_starts_at_its_code() -> None:
     assert torch.equal(new.decoded_weight(), codes)
 
 
+def test_pruned_weights_start_at_zero_and_are_not_taken_for_solved() -> None:
+    layer, fmt = nn.Linear(8, 4, bias=False), Int(4)
+    original = torch.randn(4, 8, generator=torch.Generator().manual_seed(6))
+    pruned = original * (original.abs() > 0.6)
+    tensors = {f"weight_{name}": t for name, t in fmt.encode(pruned).items()}
+    new = quantize_layer(layer, tensors, {"weight": format_to_config(fmt), "sparse": True})
+    new.begin_training(original)
+    assert not new.solved
+    held = new.weight.detach()
+    assert torch.equal(held[pruned == 0], torch.zeros(int((pruned == 0).sum())))
+    kept = pruned != 0
+    torch.testing.assert_close(held[kept], original[kept], rtol=0.5 / 7, atol=0.0)  # the largest code tells the factor
+
+
 def test_an_original_of_another_shape_tells_nothing() -> None:
     model = net(Int(4))
     before = copy.deepcopy(model.state_dict())
