@@ -30,8 +30,7 @@ class QuantizedLayer(TrainsOnGrid):
     `weight` reads the decoded weight. While training on the grid it is a float parameter, and so is the logarithm of
     what each scale was changed by (weight_scale_change, input_scale_change, ...); see `begin_training`. A solver that
     chooses roundings by gradient meanwhile sets `rounding`, what gives the weight in place of the rounded parameter,
-    and `drop`, the probability that a value of the input stays off the grid. `solved`: whether the codes with which
-    training began were others than the nearest to the original.
+    and `drop`, the probability that a value of the input stays off the grid.
     """
 
     def __init__(self, old: nn.Module, config: dict[str, Any]) -> None:
@@ -152,7 +151,7 @@ class QuantizedLayer(TrainsOnGrid):
         scale: Tensor = self.weight_scale  # type: ignore[assignment]
         wide = scale.reshape(-1, 1).expand_as(to_rows(fmt.granularity, weight))
         step = fmt.step * from_rows(fmt.granularity, wide, self.weight_shape)
-        far = torch.full_like(weight, 1e6) * step.amax()
+        far = torch.full_like(weight, 1e6) * step.amax()  # rounds to the ends of any grid
         ends = [weight_on_grid(sign * far, fmt, self.encoded_weight()) for sign in (-1, 1)]
         rows = [t.flatten(1) for t in (weight, original, step, *ends)]
         start, changed = start_in_cells(*rows)
