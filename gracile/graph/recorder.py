@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gracile.graph.axes import Expr, freeze, fresh, mark_inexact, resolve, size
+from gracile.graph.identity import Identity
 from gracile.graph.integers import Constraint
 from gracile.graph.values import NOWHERE, Axis, Event, MacTerm, Value, storage_of, tensors_in
 
@@ -76,14 +77,18 @@ Rule = Callable[[Call], None]
 
 
 class Recorder(TorchDispatchMode):
-    """Runs every operator and then its rule, which ties the axes of what went in and came out."""
+    """Runs every operator and then its rule, which ties the axes of what went in and came out.
+
+    Tensors are let go as soon as the model lets them go: of a large one, only what is in use takes memory.
+    """
 
     def __init__(self, model: nn.Module, rule_for: Callable[[str, Any], Rule | None]) -> None:
         super().__init__()
         self._rule_for = rule_for
-        self._values: dict[int, tuple[Tensor, Value]] = {}
-        self._deferred: dict[int, tuple[Tensor, Callable[[], Value]]] = {}
-        self._zeros: dict[int, tuple[Tensor, int]] = {}
+        self._identity = Identity(self._forget)
+        self._values: dict[int, Value] = {}
+        self._deferred: dict[int, Callable[[], Value]] = {}
+        self._zeros: dict[int, int] = {}
         self._versions: dict[int, int] = {}
         self.axes: dict[str, list[Expr]] = {}
         self.ids: dict[str, int] = {}
@@ -102,7 +107,7 @@ class Recorder(TorchDispatchMode):
         for name, tensor in named:
             dims = [fresh(n) for n in tensor.shape]
             self.axes[name] = dims
-            self.ids[name] = id(tensor)
+            self.ids[name] = self._identity.number(tensor)
             sources = [frozenset({(name, axis)}) for axis in range(tensor.ndim)]
             self.store(tensor, Value(list(dims), sources, True))
 
@@ -113,48 +118,54 @@ class Recorder(TorchDispatchMode):
 
     def value(self, tensor: Tensor, reason: str = "it comes from a tensor that is no parameter or buffer") -> Value:
         """What is known of the tensor; one never seen before is frozen, for the reason given."""
-        if id(tensor) in self._deferred:
-            self.store(tensor, self._deferred.pop(id(tensor))[1]())
-        entry = self._values.get(id(tensor))
-        if entry is None:
-            self.store(tensor, Value([fresh(n, reason) for n in tensor.shape], [NOWHERE] * tensor.ndim))
-            entry = self._values[id(tensor)]
-        entry[1].dims = [resolve(dim) for dim in entry[1].dims]
-        return entry[1]
+        number = self._identity.number(tensor)
+        if number in self._deferred:
+            self.store(tensor, self._deferred.pop(number)())
+        value = self._values.get(number)
+        if value is None:
+            value = Value([fresh(n, reason) for n in tensor.shape], [NOWHERE] * tensor.ndim)
+            self.store(tensor, value)
+        value.dims = [resolve(dim) for dim in value.dims]
+        return value
 
     def store(self, tensor: Tensor, value: Value) -> None:
-        self._values[id(tensor)] = (tensor, value)
+        self._values[self._identity.number(tensor)] = value
 
     def defer(self, tensor: Tensor, value: Callable[[], Value]) -> None:
         """Ask what is known of the tensor only when something reads it, for that may tie axes."""
-        self._deferred[id(tensor)] = (tensor, value)
+        self._deferred[self._identity.number(tensor)] = value
 
     def _hold_data(self, written: Tensor) -> None:
         """Data were written to the tensor, so that whatever shares its memory is no longer made of weights alone."""
         where = storage_of(written)
-        for tensor, value in self._values.values():
-            if value.is_weight and where is not None and storage_of(tensor) == where:
+        for number, value in list(self._values.items()):
+            tensor = self._identity.tensor(number) if value.is_weight and where is not None else None
+            if tensor is not None and storage_of(tensor) == where:
                 value.is_weight = False
                 value.sources = [NOWHERE] * len(value.sources)
 
+    def _forget(self, number: int) -> None:
+        for known in (self._values, self._deferred, self._zeros, self._versions):
+            known.pop(number, None)
+
     def note_zeros(self, tensor: Tensor) -> None:
         """The tensor was just made of zeros alone."""
-        self._zeros[id(tensor)] = (tensor, tensor._version)
+        self._zeros[self._identity.number(tensor)] = tensor._version
 
     def is_zeros(self, tensor: Tensor) -> bool:
         """Whether the tensor was made of zeros alone, and neither it nor a view of it was written to since."""
-        noted = self._zeros.get(id(tensor))
-        return noted is not None and tensor._version == noted[1]
+        return self._zeros.get(self._identity.number(tensor)) == tensor._version
 
     def state(self, tensor: Tensor) -> tuple[int, int]:
         """Identity of the tensor's present content."""
-        return id(tensor), self._versions.get(id(tensor), 0)
+        number = self._identity.number(tensor)
+        return number, self._versions.get(number, 0)
 
     def take_inputs(self, tree: Any, reason: str) -> None:
         """Make the tensors in a nested structure data with fixed dimensions, whatever made them."""
         self.freeze_tensors(tree, reason)
         for tensor in tensors_in(tree):
-            if id(tensor) not in self.ids.values():
+            if self._identity.number(tensor) not in self.ids.values():
                 self.store(tensor, Value([fresh(n, reason) for n in tensor.shape], [NOWHERE] * tensor.ndim))
 
     def freeze_tensors(self, tree: Any, reason: str) -> None:
@@ -194,7 +205,8 @@ class Recorder(TorchDispatchMode):
         self._run_rule(call, func)
         if mutable:
             for out in call.outputs:
-                self._versions[id(out)] = self._versions.get(id(out), 0) + 1
+                number, version = self.state(out)
+                self._versions[number] = version + 1
                 if not self.value(out).is_weight:
                     self._hold_data(out)
         makes = tuple(self.state(tensor) for tensor in call.outputs)
@@ -217,8 +229,8 @@ class Recorder(TorchDispatchMode):
             call.freeze_all(f"the operator '{call.name}' is used in a form that has no rule")
             return
         for output in call.outputs:
-            entry = self._values.get(id(output))
-            sizes = [size(dim) for dim in entry[1].dims] if entry else None
+            value = self._values.get(self._identity.number(output))
+            sizes = [size(dim) for dim in value.dims] if value is not None else None
             if sizes != list(output.shape):
                 logger.debug("rule of %s gave sizes %s for %s", call.name, sizes, tuple(output.shape))
                 call.freeze_all(f"the operator '{call.name}' is used in a form that has no rule")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from gracile.errors import ConfigError, ModelError
 from gracile.graph.attributes import traced_attributes
@@ -100,14 +101,34 @@ def trace(model: nn.Module, run: Callable[[nn.Module], Any]) -> Trace:
 
     The model runs in eval mode with gradients enabled and is left as it was. An operator without a rule freezes the
     axes that it touches. Raises ModelError if the model does not run.
+
+    What the model no longer reads is let go while it runs, what gradients would need too; a model that takes gradients
+    in its forward is run once more, with all of that kept.
     """
+    try:
+        return _trace(model, run, saved_tensors_hooks(lambda _tensor: None, _refuse))
+    except _GradientError:
+        return _trace(model, run, nullcontext())
+
+
+class _GradientError(Exception):
+    """A tensor was let go that the model's forward takes gradients by."""
+
+
+def _refuse(_nothing: None) -> Tensor:
+    raise _GradientError
+
+
+def _trace(model: nn.Module, run: Callable[[nn.Module], Any], saving: AbstractContextManager[Any]) -> Trace:
     recorder = Recorder(model, rule_for)
     watch = _Watch(model, recorder)
     provenance = Provenance(recorder)
     with unchanged(model), watch.hooks(), traced_attributes(model, provenance.equal) as sequences:
         try:
-            with torch.enable_grad(), recorder, provenance, Layerwise(recorder):
+            with torch.enable_grad(), saving, recorder, provenance, Layerwise(recorder):
                 run(model)
+        except _GradientError:
+            raise
         except Exception as error:
             raise ModelError(
                 f"{type(model).__name__} does not run on the batch given: {type(error).__name__}: {error}\n"

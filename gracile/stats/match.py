@@ -18,6 +18,7 @@ from gracile.nn import QuantizedConv, QuantizedLayer, QuantizedLinear
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 FLOOR = 1e-12  # of a variance in a ratio: a channel that is constant in both models keeps its stored variance
+PIECE = 1 << 22  # values converted to double precision at a time: logits of a language model are many
 MOST = 4.0  # by which a channel's scale is changed at most: a channel that is all but dead has no variance to match
 
 
@@ -148,12 +149,12 @@ def output_error(model: nn.Module, original: nn.Module, data: Data, batches: lis
     error = scale = 0.0
     with eval_mode(model, original), torch.no_grad():
         for batch in batches:
-            reference = logits_of(data.forward(original, batch)).double()
-            output = logits_of(data.forward(model, batch)).double()
+            reference = logits_of(data.forward(original, batch))
+            output = logits_of(data.forward(model, batch))
             if reference.shape != output.shape:
                 return float("inf")
-            error += float((output - reference).square().sum())
-            scale += float(reference.square().sum())
+            error += _squared_distance(output, reference)
+            scale += _squared_distance(reference)
     return error / max(scale, FLOOR)
 
 
@@ -286,17 +287,34 @@ def divergence(outputs: list[Tensor], references: list[Tensor]) -> float:
 
     outputs, references: of a model and of the original, batch by batch. Natural logarithm.
     """
-    pairs = [(y.double(), y0.double()) for y, y0 in zip(outputs, references, strict=True)]
+    pairs = list(zip(outputs, references, strict=True))
     if all(y0.ndim == 2 and y0.shape[1] > 1 for _, y0 in pairs):
-        logs = [(y.log_softmax(1), y0.log_softmax(1)) for y, y0 in pairs]
-        total = sum(float((log_p.exp() * (log_p - log_q)).sum()) for log_q, log_p in logs)
-        mean = total / sum(len(y0) for _, y0 in pairs)
+        mean = sum(_kl(y, y0) for y, y0 in pairs) / sum(len(y0) for _, y0 in pairs)
         return 0.0 if mean < 0 else mean  # rounding leaves -1e-17 of equal outputs; NaN stays
     return relative_error(outputs, references)
 
 
 def relative_error(outputs: list[Tensor], references: list[Tensor]) -> float:
     """‖y − y₀‖² / ‖y₀‖² over all batches; ‖y‖² where the references are zero."""
-    pairs = [(y.double(), y0.double()) for y, y0 in zip(outputs, references, strict=True)]
-    scale = sum(float(y0.square().sum()) for _, y0 in pairs)
-    return sum(float((y - y0).square().sum()) for y, y0 in pairs) / (scale if scale > 0 else 1.0)
+    pairs = list(zip(outputs, references, strict=True))
+    scale = sum(_squared_distance(y0) for _, y0 in pairs)
+    return sum(_squared_distance(y, y0) for y, y0 in pairs) / (scale if scale > 0 else 1.0)
+
+
+def _kl(output: Tensor, reference: Tensor) -> float:
+    """Σ KL(softmax y₀ ‖ softmax y) over the rows of [n, classes], in double precision."""
+    rows = max(1, PIECE // output.shape[1])
+    total = 0.0
+    for y, y0 in zip(output.split(rows), reference.split(rows), strict=True):
+        log_q, log_p = y.double().log_softmax(1), y0.double().log_softmax(1)
+        total += float((log_p.exp() * (log_p - log_q)).sum())
+    return total
+
+
+def _squared_distance(y: Tensor, y0: Tensor | None = None) -> float:
+    """‖y − y₀‖², or ‖y‖², in double precision."""
+    pieces = y.reshape(-1).split(PIECE)
+    if y0 is None:
+        return sum(float(part.double().square().sum()) for part in pieces)
+    pairs = zip(pieces, y0.reshape(-1).split(PIECE), strict=True)
+    return sum(float((part.double() - other.double()).square().sum()) for part, other in pairs)

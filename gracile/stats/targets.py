@@ -19,7 +19,7 @@ from gracile.stats.sums import Reached, WatchSums, stream_of
 ROWS = 65536
 #: What the rows held may take, reckoned by the first batch: those of the layer asked for, however large, and of the
 #: layers behind it up to the first that no longer fits.
-HELD_BYTES = 1 << 30
+HELD_BYTES = 1 << 28
 
 
 @dataclass

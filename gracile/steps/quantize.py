@@ -18,10 +18,10 @@ from gracile.ranges import MSE, Automatic, Range
 from gracile.recipe import Recorder, Step
 from gracile.report.model import LayerRow, StepRecord
 from gracile.select import check_exclude
-from gracile.sharing import tied_groups
+from gracile.sharing import own_parameters, share_parameters, tied_groups
 from gracile.solvers import BlockSolver, RoundingSolver
 from gracile.stats.collect import collect_activations, first_batch
-from gracile.steps.correct import copy_model, correct_statistics
+from gracile.steps.correct import correct_statistics
 from gracile.steps.quantization.choose_ranges import choose_ranges, describe_ranges
 from gracile.steps.quantization.equalize_layers import equalize_where_better
 from gracile.steps.quantization.fold import fold_batch_norms
@@ -142,6 +142,10 @@ class Quantize(Step):
         return any(scheme.input is not None and not is_dynamic(scheme.input) for scheme in self._options)
 
     @property
+    def replaces_tensors(self) -> bool:
+        return True
+
+    @property
     def title(self) -> str:
         names = " or ".join(scheme.name for scheme in self._options)
         return f"Quantize to {names}" + ("" if self.to is None else f" within {self.to}")
@@ -198,6 +202,8 @@ class Quantize(Step):
             encoder.swap(model, name, chosen[name], recorder)
         tie(model, ready.tied, recorder)
         quantize_recurrent(model, {name: chosen[name].weight for name in ready.recurrent}, self.ranges, recorder)
+        if ready.reference is not None:  # biases of other layers may be corrected
+            own_parameters(model, ready.reference)
         if ready.reference is not None and traced is not None and self.solver is not None:
             self._round(model, ready, traced, context, recorder)
         if ready.reference is not None and self.correct:
@@ -235,7 +241,7 @@ class Quantize(Step):
             equalize_where_better(model, alone, traced, self.equalize, plain, context, recorder)
         # Folded and equalized too, since its layers' outputs are what biases are corrected to.
         compares = self.correct or self.solver is not None
-        reference = copy_model(model) if compares and context.data.has_calibration else None
+        reference = share_parameters(model) if compares and context.data.has_calibration else None
         if self._measures_inputs and traced is not None:
             smoothing = self._smooth(model, alone, context, recorder)
             encoder = replace(self._measure(model, layers, traced, smoothing, context), folded=folded)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gracile.errors import ConfigError, ModelError
 from gracile.graph import trace
+from tests.memory import peak_bytes
 
 
 def test_layers_in_call_order_with_shapes_parameters_and_macs_counted_by_hand() -> None:
@@ -155,3 +156,27 @@ def test_a_caller_without_gradients_sees_the_same_groups() -> None:
             return m(batch)
 
     assert [g.name for g in trace(model, quietly).groups] == [g.name for g in trace(model, lambda m: m(batch)).groups]
+
+
+def test_what_the_model_no_longer_reads_is_let_go() -> None:
+    """Twenty layers, of whose outputs two are in use at a time, beside a copy that an operator makes of one."""
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(20)])
+    x = torch.randn(1024, 16)
+    assert peak_bytes(lambda: trace(model, lambda m: m(x))) < 4 * x.nbytes
+
+
+class Force(nn.Module):
+    """Minus the gradient of an energy, as nets of physics have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        return -torch.autograd.grad(self.energy(x).sum(), x)[0]
+
+
+def test_a_model_that_takes_gradients_in_its_forward_is_traced() -> None:
+    traced = trace(Force(), lambda m: m(torch.randn(5, 3)))
+    assert [layer.name for layer in traced.layers] == ["energy.0", "energy.2"]

@@ -103,7 +103,8 @@ def equalize_where_better(
         errors.append(output_error(trial, model, context.data, held_out))
     kept = errors[1] < errors[0]
     if kept:
-        model.load_state_dict(equalized.state_dict())
+        for name in set(changed):
+            model.get_submodule(name)._parameters.update(equalized.get_submodule(name)._parameters)
         kinds = {name: type(model.get_submodule(name)).__name__ for name in changed}
         recorder.layers.extend(LayerRow(name=n, kind=kind, action="equalized") for n, kind in kinds.items())
     recorder.notes.append(

@@ -15,7 +15,7 @@ def fold_batch_norms(model: nn.Module, pairs: Iterable[tuple[str, str]], layers:
     """W ← W · γ/√(σ² + ε), b ← (b − μ) · γ/√(σ² + ε) + β for every pair whose layer is among `layers`; returns them.
 
     pairs: (layer, batch norm) where the batch norm reads exactly the layer's output and nothing else does. The batch
-    norm becomes an identity, and the layer has a bias afterwards.
+    norm becomes an identity, and the layer has a bias afterwards. Both parameters of the layer are new ones.
     """
     folded = []
     for name, norm_name in pairs:
@@ -39,8 +39,9 @@ def fold_batch_norms(model: nn.Module, pairs: Iterable[tuple[str, str]], layers:
             else:
                 view[axis] = -1
                 scaled = layer.weight.double() * factor.view(view)
-            layer.weight.copy_(scaled.to(layer.weight.dtype))
-            layer.bias = nn.Parameter(bias.to(layer.weight.dtype))
+            folded_weight = scaled.to(layer.weight.dtype)
+            layer.weight = nn.Parameter(folded_weight, requires_grad=layer.weight.requires_grad)
+            layer.bias = nn.Parameter(bias.to(folded_weight.dtype))
         apply(model, [Swap(norm_name, "Identity")])
         folded.append((name, norm_name))
     return folded
