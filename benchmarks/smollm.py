@@ -18,7 +18,6 @@ one token at a time, no cache, on each runtime. Files that are there already are
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import resource
@@ -165,7 +164,7 @@ def main() -> None:
         for name in args.variants:
             start = time.perf_counter()
             step = quantization(case, name, args.head)
-            result = gc.compress(copy.deepcopy(model), step, data, seed=args.seed)
+            result = gc.compress(model, step, data, seed=args.seed)
             row = {"case": case, "variant": name, "seconds": round(time.perf_counter() - start, 1)}
             row["perplexity"] = found = perplexity(result.model, test)
             worst = found if worst is None else worst

@@ -77,15 +77,19 @@ class LayerMoments:
 
     @torch.no_grad()
     def measure_inputs(self, names: Iterable[str]) -> dict[str, Moments]:
-        """Moments of several layers in one forward of each batch, without the error of a stream."""
-        names = list(names)
+        """Moments of several layers, without the error of a stream; in one forward of each batch if targets of all are
+        held together."""
         totals = {name: Sums() for name in names}
-        for i in range(len(self.targets.batches)):
-            inputs = read_inputs(self.model, names, partial(self._run, i))
-            for name in names:
-                outputs = self.targets.of(name).outputs[i]
-                rows = self._by_group(self.model.get_submodule(name), self._inputs(name, inputs[name], i))
-                totals[name].add(rows, self._rows(name, outputs))
+        left = list(totals)
+        while left:
+            part = self.targets.held_with(left)
+            left = [name for name in left if name not in part]
+            for i in range(len(self.targets.batches)):
+                inputs = read_inputs(self.model, part, partial(self._run, i))
+                for name in part:
+                    outputs = self.targets.of(name).outputs[i]
+                    rows = self._by_group(self.model.get_submodule(name), self._inputs(name, inputs[name], i))
+                    totals[name].add(rows, self._rows(name, outputs))
         return {name: total.moments() for name, total in totals.items()}
 
     @torch.no_grad()

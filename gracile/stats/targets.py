@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from gracile.stats.sums import Reached, WatchSums, stream_of
 ROWS = 65536
 #: What the rows held may take, reckoned by the first batch: those of the layer asked for, however large, and of the
 #: layers behind it up to the first that no longer fits.
-HELD_BYTES = 1 << 28
+HELD_BYTES = 1 << 29
 
 
 @dataclass
@@ -74,6 +74,12 @@ class Targets:
             self._held = {}
             self._collect(self.layers[self.layers.index(layer) :])
         return self._held[layer]
+
+    def held_with(self, layers: Collection[str]) -> list[str]:
+        """The first of these layers in the order of the forward, and those of the others that are held beside it."""
+        first = min(layers, key=self.layers.index)
+        self.of(first)
+        return [name for name in layers if name in self._held]
 
     @torch.no_grad()
     def _collect(self, layers: Sequence[str]) -> None:

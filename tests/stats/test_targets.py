@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from gracile.data import Data
 from gracile.stats import targets as module
+from gracile.stats.moments import LayerMoments
 from gracile.stats.targets import Targets
 
 
@@ -66,6 +67,24 @@ def test_what_does_not_fit_is_measured_when_its_turn_comes(monkeypatch: pytest.M
         found = targets.of(name)
         assert all(torch.equal(a, b) for a, b in zip(found.outputs, expected[name].outputs, strict=True))
         assert all(torch.equal(a, b) for a, b in zip(found.streams, expected[name].streams, strict=True))
+
+
+def test_layers_whose_targets_do_not_fit_together_are_measured_one_after_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each target is measured once, not once for each batch."""
+    net, model = Net().eval(), Net().eval()
+    targets, _ = made(net)
+    expected = LayerMoments(model, targets).measure_inputs(["second", "first"])
+    before = net.forwards
+    monkeypatch.setattr(module, "HELD_BYTES", 1)
+    targets, data = made(net)
+    found = LayerMoments(model, targets).measure_inputs(["second", "first"])
+    for name in ("first", "second"):
+        assert torch.equal(found[name].gram, expected[name].gram)
+        assert torch.equal(found[name].cross, expected[name].cross)
+    forwards_to_seek = 4  # of the first batch, to see that replaying changes nothing
+    assert net.forwards - before <= 2 * len(data) + forwards_to_seek
 
 
 class Counted(nn.Linear):
