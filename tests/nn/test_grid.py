@@ -258,6 +258,24 @@ def test_frozen_batch_norms_keep_their_statistics() -> None:
     assert torch.equal(layer.batch_norm.running_mean, moved)  # type: ignore[union-attr,arg-type]
 
 
+def test_with_its_statistics_kept_a_batch_norm_is_part_of_the_weight() -> None:
+    """The same outputs and gradients as the norm's own, which eval mode takes."""
+    layer, x = conv().train(), torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(8))
+    begin_training(layer)
+    layer(3 * x + 1)
+    freeze_batch_norms(layer)
+    found = []
+    for training in (True, False):
+        layer.training = training
+        layer.zero_grad()
+        y = layer(x)
+        (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+        found.append([y.detach(), *(p.grad.clone() for p in layer.parameters() if p.grad is not None)])
+    assert len(found[0]) == 1 + 2 + 2  # outputs; weight and scale, γ and β
+    for folded, apart in zip(*found, strict=True):
+        torch.testing.assert_close(folded, apart, rtol=1e-4, atol=1e-4)  # sums of 720 products in float32
+
+
 @pytest.mark.parametrize("noise", [0.0, 0.8])
 def test_statistics_that_codes_were_solved_for_are_kept_from_the_start(noise: float) -> None:
     layer, generator = conv().train(), torch.Generator().manual_seed(9)
