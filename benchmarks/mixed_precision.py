@@ -25,7 +25,7 @@ from benchmarks.datasets import augment, cifar10
 from benchmarks.models import accuracy, resnet32_akamaster
 from gracile.data import Batch
 from gracile.evaluate.size import state_bytes
-from gracile.stats.match import divergence
+from gracile.stats.match import divergence, relative_error
 
 SCHEMES = {"W8A8": gc.W8A8} | {
     f"W{bits}A8": replace(gc.W8A8, name=f"W{bits}A8", weight=gc.Int(bits)) for bits in (6, 5, 4, 3, 2)
@@ -38,12 +38,13 @@ MID_RISE = {
 
 @dataclass(frozen=True)
 class Task:
-    """quality: the task's own metric, of a model."""
+    """quality: the task's own metric, of a model. error: how far its outputs are from the original's."""
 
     model: nn.Module
     calibration: list[Batch]
     test: list[Batch]
     quality: Callable[[nn.Module], float]
+    error: Callable[[list[Tensor], list[Tensor]], float]
 
 
 def resnet32(seed: int) -> Task:
@@ -53,7 +54,8 @@ def resnet32(seed: int) -> Task:
     torch.manual_seed(seed)
     test, answers = cifar10("test5k")
     calibration = list(augment(images[order]).split(64))
-    return Task(resnet32_akamaster(), calibration, list(test.split(250)), lambda m: accuracy(m, test, answers))
+    batches = list(test.split(250))
+    return Task(resnet32_akamaster(), calibration, batches, lambda m: accuracy(m, test, answers), divergence)
 
 
 def minilm(seed: int) -> Task:
@@ -69,7 +71,7 @@ def minilm(seed: int) -> Task:
         return gc.metrics.Spearman().aggregate(np.stack([found, gold], axis=1))
 
     calibration = sentences.tokenize([texts[i] for i in order], 32)
-    return Task(sentences.minilm(), calibration, test, spearman)
+    return Task(sentences.minilm(), calibration, test, spearman, relative_error)
 
 
 @torch.no_grad()
@@ -104,7 +106,7 @@ def main() -> None:
         row = {"model": name, "seconds": round(time.perf_counter() - start)}
         share = share or state_bytes(result.model) / whole
         row["bytes"] = round(state_bytes(result.model) / whole, 4)
-        row["divergence"] = found = divergence(_outputs(result.model, task.test), reference)
+        row["error"] = found = task.error(_outputs(result.model, task.test), reference)
         first = first or found
         row |= {"of_uniform": round(found / first, 3), "quality": task.quality(result.model)}
         row["notes"] = [note for note in result.report.steps[0].notes if note.startswith(("Mixed", "Error"))]
