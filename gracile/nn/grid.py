@@ -142,12 +142,7 @@ def _round(weight: Tensor, scale: Tensor, fmt: Int, zero_point: Tensor | None) -
 
 
 class TrainsOnGrid(nn.Module, ABC):
-    """A layer that can hold its encoded weight as a float parameter for a while.
-
-    solved: whether, when that began, its codes were not the nearest to the original.
-    """
-
-    solved: bool = False
+    """A layer that can hold its encoded weight as a float parameter for a while."""
 
     @abstractmethod
     def begin_training(self, original: Tensor | None = None) -> None: ...
@@ -202,12 +197,9 @@ def keep_sizes(model: nn.Module) -> None:
             module.keep_size()
 
 
-def freeze_batch_norms(model: nn.Module, *, solved: bool = False) -> None:
-    """Let the batch norms that stand behind quantized layers while these train keep the statistics they have.
-
-    solved: only those behind layers whose codes a solver, or an earlier training, has chosen: for these statistics.
-    """
+def freeze_batch_norms(model: nn.Module) -> None:
+    """Let the batch norms that stand behind quantized layers while these train keep the statistics they have."""
     for module in model.modules():
         norm = getattr(module, "batch_norm", None) if isinstance(module, TrainsOnGrid) else None
-        if isinstance(norm, nn.Module) and (module.solved or not solved):
+        if isinstance(norm, nn.Module):
             norm.eval()

@@ -17,10 +17,6 @@ from gracile.nn.cells import start_in_cells
 from gracile.nn.grid import TrainsOnGrid, input_on_grid, learned_scale, weight_on_grid
 from gracile.nn.ops import decode, quantize_dequantize, quantize_dequantize_per_token
 
-#: Share of the codes that are not the nearest to the original above which a solver, or training, has chosen them.
-#: Rounding to nearest leaves at most .002 of such codes in a layer, GPTQ at least .065.
-SOLVED = 0.02
-
 
 class QuantizedLayer(TrainsOnGrid):
     """y = Q_out(f(Q_in(x), W, bias)), W = decode(buffers), f the operator of the float layer it replaces.
@@ -127,12 +123,12 @@ class QuantizedLayer(TrainsOnGrid):
 
         original: the float weight before all compression; of a weight of the same shape, each value starts where its
         code's cell is nearest to it, up to a factor for each row, and so nearer to the codes that it might change to.
-        Codes that are not the nearest to it were solved for, trained, or come of refitted weights (`solved`): their
-        values start at them.
+        Codes that are not the nearest to it were solved for, trained, or come of refitted weights: their values start
+        at them.
         """
         if self.trains:
             return
-        weight, self.solved = self.decoded_weight().clone(), False
+        weight = self.decoded_weight().clone()
         if original is not None and original.shape == weight.shape and self.weight_format.step:
             prior = self._as_encoded(original.detach().to(weight))
             weight = self._within_cells(weight, torch.where(weight == 0, 0.0, prior) if self.sparse else prior)
@@ -154,8 +150,7 @@ class QuantizedLayer(TrainsOnGrid):
         far = torch.full_like(weight, 1e6) * step.amax()  # rounds to the ends of any grid
         ends = [weight_on_grid(sign * far, fmt, self.encoded_weight()) for sign in (-1, 1)]
         rows = [t.flatten(1) for t in (weight, original, step, *ends)]
-        start, changed = start_in_cells(*rows)
-        self.solved = changed > SOLVED
+        start, _ = start_in_cells(*rows)
         return start.reshape(self.weight_shape)
 
     def end_training(self) -> None:

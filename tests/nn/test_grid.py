@@ -83,7 +83,6 @@ def test_a_weight_starts_where_its_cell_is_nearest_to_the_original(fmt: Int) -> 
     assert torch.equal(new(x), before)  # no code has changed
     held = new.weight.detach()
     assert float((held - decoded).abs().mean()) > 0
-    assert not new.solved
     within = (held - decoded).abs() < 0.48 * new.weight_scale.repeat_interleave(
         held.numel() // new.weight_scale.numel()
     ).view(6, 8)
@@ -101,21 +100,19 @@ def test_a_weight_whose_code_a_solver_chose_starts_at_its_code() -> None:
     encoded = fmt.encode(codes, scale=torch.ones(2))
     new = quantize_layer(layer, {f"weight_{name}": t for name, t in encoded.items()}, {"weight": format_to_config(fmt)})
     new.begin_training(original)
-    assert new.solved
     assert new.weight[0, 1] == -2.0
     assert float(new.weight[1, 0].detach()) == pytest.approx(3.49)  # there is no cell on that side
     new.end_training()
     assert torch.equal(new.decoded_weight(), codes)
 
 
-def test_pruned_weights_start_at_zero_and_are_not_taken_for_solved() -> None:
+def test_pruned_weights_start_at_zero_and_the_others_near_the_original() -> None:
     layer, fmt = nn.Linear(8, 4, bias=False), Int(4)
     original = torch.randn(4, 8, generator=torch.Generator().manual_seed(6))
     pruned = original * (original.abs() > 0.6)
     tensors = {f"weight_{name}": t for name, t in fmt.encode(pruned).items()}
     new = quantize_layer(layer, tensors, {"weight": format_to_config(fmt), "sparse": True})
     new.begin_training(original)
-    assert not new.solved
     held = new.weight.detach()
     assert torch.equal(held[pruned == 0], torch.zeros(int((pruned == 0).sum())))
     kept = pruned != 0
@@ -251,8 +248,6 @@ def test_frozen_batch_norms_keep_their_statistics() -> None:
     layer(x)
     moved = layer.batch_norm.running_mean.clone()  # type: ignore[union-attr,operator]
     assert bool(moved.any())
-    freeze_batch_norms(layer, solved=True)  # rounded to nearest: not yet
-    assert layer.batch_norm.training  # type: ignore[union-attr]
     freeze_batch_norms(layer)
     layer(x + 5)
     assert torch.equal(layer.batch_norm.running_mean, moved)  # type: ignore[union-attr,arg-type]
@@ -274,14 +269,6 @@ def test_with_its_statistics_kept_a_batch_norm_is_part_of_the_weight() -> None:
     assert len(found[0]) == 1 + 2 + 2  # outputs; weight and scale, γ and β
     for folded, apart in zip(*found, strict=True):
         torch.testing.assert_close(folded, apart, rtol=1e-4, atol=1e-4)  # sums of 720 products in float32
-
-
-@pytest.mark.parametrize("noise", [0.0, 0.8])
-def test_statistics_that_codes_were_solved_for_are_kept_from_the_start(noise: float) -> None:
-    layer, generator = conv().train(), torch.Generator().manual_seed(9)
-    layer.begin_training(layer.decoded_weight() + noise * torch.randn(5, 3, 3, 3, generator=generator))
-    freeze_batch_norms(layer, solved=True)
-    assert layer.batch_norm.training is (noise == 0)
 
 
 def test_weights_behind_a_batch_norm_that_trains_keep_the_size_of_each_channel() -> None:

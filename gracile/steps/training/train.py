@@ -27,7 +27,7 @@ from gracile.steps.training.recentre import recentre_batch_norms
 from gracile.steps.training.training_data import Split
 
 #: Share of the schedule after which the batch norms of quantized layers keep their statistics, which weights that flip
-#: between two codes disturb. Those behind codes that were solved for keep them from the start.
+#: between two codes disturb.
 FROZEN = 0.8
 
 #: (model, batch) -> scalar loss of a batch, differentiable.
@@ -130,7 +130,8 @@ def _epochs(
             model.train()
             done = split.batches * (epoch - 1)
             for i, batch in enumerate(split.train):
-                freeze_batch_norms(model, solved=schedule.progress((done + i) / steps) < FROZEN)
+                if schedule.progress((done + i) / steps) >= FROZEN:
+                    freeze_batch_norms(model)
                 for group in state.optimizer.param_groups:
                     group["lr"] = schedule.rate((done + i) / steps)
                 loss = _step(model, objective, batch, state.optimizer, schedule.mixed_precision)
