@@ -19,7 +19,7 @@ class Identity:
         self._on_death = on_death
         self._counter = itertools.count()
         self._known: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        self._ids: dict[int, int] = {}
+        self._references: dict[int, weakref.ref[Tensor]] = {}
 
     def number(self, tensor: Tensor) -> int:
         """The number of a tensor; the next one for a tensor never seen before."""
@@ -31,14 +31,14 @@ class Identity:
         def forget(reference: weakref.ref[Tensor]) -> None:
             if self._known.get(place, (None,))[0] is reference:
                 del self._known[place]
-            self._ids.pop(number, None)
+            del self._references[number]
             self._on_death(number)
 
-        self._known[place] = (weakref.ref(tensor, forget), number)
-        self._ids[number] = place
+        self._references[number] = weakref.ref(tensor, forget)
+        self._known[place] = self._references[number], number
         return number
 
     def tensor(self, number: int) -> Tensor | None:
         """The tensor of a number, if it lives."""
-        known = self._known.get(self._ids.get(number, -1))
-        return known[0]() if known is not None and known[1] == number else None
+        reference = self._references.get(number)
+        return None if reference is None else reference()

@@ -11,8 +11,8 @@ CELL = 0.49
 ROWS = 4096
 
 
-def start_in_cells(weight: Tensor, prior: Tensor, step: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, float]:
-    """Values that round to the weight, in its cells the nearest to f · prior; and the share of them that are not.
+def start_in_cells(weight: Tensor, prior: Tensor, step: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Values that round to the weight, in its cells the nearest to f · prior, or at their grid points.
 
     The factor f of a row is the one for which most codes are those that rounding to nearest gives. Where even then
     another code is the nearest, the code was solved for, or trained, and the value starts at its grid point: at the
@@ -20,7 +20,7 @@ def start_in_cells(weight: Tensor, prior: Tensor, step: Tensor, low: Tensor, hig
 
     weight, prior: [rows, columns] floating point, the one on its grid, the other not. step: between neighbouring grid
     points, low, high: the ends of the grid, all broadcast to [rows, columns]. Beyond an end the prior may lie however
-    far: there is no other code. Returns [rows, columns], and the share in [0, 1] whose codes are not the nearest.
+    far: there is no other code. Returns [rows, columns].
     """
     edges = torch.stack(
         [
@@ -33,7 +33,7 @@ def start_in_cells(weight: Tensor, prior: Tensor, step: Tensor, low: Tensor, hig
     nearest = (wanted >= edges[0]) & (wanted <= edges[1])
     reach = CELL * step
     inside = torch.maximum(torch.minimum(wanted, weight + reach), weight - reach)
-    return torch.where(nearest, inside, weight), 1.0 - float(nearest.float().mean())
+    return torch.where(nearest, inside, weight)
 
 
 def _factors(edges: Tensor, weight: Tensor, prior: Tensor) -> Tensor:

@@ -150,8 +150,7 @@ class QuantizedLayer(TrainsOnGrid):
         far = torch.full_like(weight, 1e6) * step.amax()  # rounds to the ends of any grid
         ends = [weight_on_grid(sign * far, fmt, self.encoded_weight()) for sign in (-1, 1)]
         rows = [t.flatten(1) for t in (weight, original, step, *ends)]
-        start, _ = start_in_cells(*rows)
-        return start.reshape(self.weight_shape)
+        return start_in_cells(*rows).reshape(self.weight_shape)
 
     def end_training(self) -> None:
         """Encode the trained weight on the grid it was trained on; the decoded weight stays exactly what it was."""

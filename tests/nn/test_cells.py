@@ -7,8 +7,11 @@ ENDS = torch.tensor(-4.0), torch.tensor(3.0)
 
 
 def start(weight: torch.Tensor, prior: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Where values start, and the share of them that start at their grid points: their codes are not the nearest."""
     low, high = (end.expand_as(weight) for end in ENDS)
-    return start_in_cells(weight, prior, torch.ones_like(weight), low, high)
+    found = start_in_cells(weight, prior, torch.ones_like(weight), low, high)
+    changed = (found == weight) & ((weight != 0) | (prior != 0))
+    return found, float(changed.double().mean())
 
 
 def agreeing(weight: np.ndarray, prior: np.ndarray) -> int:
