@@ -16,8 +16,8 @@ from gracile.stats.sums import Reached
 
 
 @dataclass
-class OutputMoments:
-    """Mean and variance of each channel of a layer's output, [channels] float64, over all that was added."""
+class ChannelMoments:
+    """Mean and variance of each channel, [channels] float64, over all rows that were added."""
 
     count: int = 0
     total: Tensor | float = 0.0
@@ -41,12 +41,12 @@ class OutputMoments:
 
 def output_moments(
     model: nn.Module, names: Iterable[str], runs: Iterable[Callable[[nn.Module], Any]], *, stop: bool = False
-) -> Mapping[str, OutputMoments]:
+) -> Mapping[str, ChannelMoments]:
     """Layer -> moments of its output over some forwards, in eval mode; layers that give no tensor have none.
 
     stop: end each forward once every layer has run.
     """
-    found = {name: OutputMoments() for name in names}
+    found = {name: ChannelMoments() for name in names}
     seen: set[str] = set()
     handles = []
     for name in found:
@@ -72,7 +72,7 @@ def output_moments(
 
 
 @torch.no_grad()
-def match_layer(layer: nn.Module, present: OutputMoments, wanted: OutputMoments) -> None:
+def match_layer(layer: nn.Module, present: ChannelMoments, wanted: ChannelMoments) -> None:
     """bias ← g (bias − mean of present) + mean wanted, where the layer has a bias; below 8 bits also scale ← g · scale.
 
     g = √(variance wanted / variance present) of layers whose scales are corrected, else 1: what `match_statistics` does

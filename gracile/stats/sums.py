@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -104,6 +105,26 @@ def _read(
         for handle in handles:
             handle.remove()
     return inputs
+
+
+def read_call(module: nn.Module, run: Callable[[], Any]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """(arguments, keyword arguments, output) of the first call of a module in a forward, which ends there.
+
+    run: feeds the model one batch. Nothing is copied: what is kept must not be written into.
+    """
+    found: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def on_call(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        found.append((args, kwargs, output))
+        raise Reached
+
+    handle = module.register_forward_hook(on_call, with_kwargs=True)
+    try:
+        with contextlib.suppress(Reached):
+            run()
+    finally:
+        handle.remove()
+    return found[0]
 
 
 def stream_of(args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> tuple[Tensor, Tensor]:

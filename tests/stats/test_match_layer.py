@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gracile.formats import Int, format_to_config
 from gracile.nn import quantize_layer
-from gracile.stats.match_layer import OutputMoments, match_layer, output_moments
+from gracile.stats.match_layer import ChannelMoments, match_layer, output_moments
 
 
 def batches() -> list[Tensor]:
@@ -41,7 +41,7 @@ def test_moments_are_of_all_batches_together() -> None:
 def test_the_output_gets_the_mean_and_below_eight_bits_the_deviation_of_the_original(bits: int, scaled: bool) -> None:
     torch.manual_seed(1)
     layer, x = nn.Linear(6, 4), torch.cat(batches())
-    wanted, present = OutputMoments(), OutputMoments()
+    wanted, present = ChannelMoments(), ChannelMoments()
     wanted.add(layer(x))
     small = quantized(layer, bits)
     codes = copy.deepcopy(small.weight_codes)
@@ -57,7 +57,7 @@ def test_the_output_gets_the_mean_and_below_eight_bits_the_deviation_of_the_orig
 def test_a_layer_without_a_bias_stays_as_it_is() -> None:
     torch.manual_seed(2)
     layer, x = nn.Linear(6, 4, bias=False), torch.cat(batches())
-    wanted, present = OutputMoments(), OutputMoments()
+    wanted, present = ChannelMoments(), ChannelMoments()
     wanted.add(layer(x))
     small = quantized(layer, 2)
     before = {name: value.clone() for name, value in small.state_dict().items()}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gracile.stats.sums import read_layer, stream_of
+from gracile.stats.sums import read_call, read_layer, stream_of
 
 
 class Net(nn.Module):
@@ -72,3 +72,16 @@ def test_a_block_is_given_the_first_tensor_and_returns_its_first_result() -> Non
     for args, kwargs, output in (((x, other), {}, y), ((None, x), {"mask": other}, (y, other)), ((), {"x": x}, (y,))):
         entered, left = stream_of(args, kwargs, output)
         assert entered is x and left is y
+
+
+def test_the_first_call_is_read_and_the_forward_ends_behind_it() -> None:
+    torch.manual_seed(0)
+    twice, after = nn.Linear(3, 3), []
+    net = nn.Sequential(twice, twice, nn.ReLU())
+    net[2].register_forward_hook(lambda *_: after.append(1))
+    x = torch.randn(4, 3)
+    args, kwargs, output = read_call(twice, lambda: net(input=x))
+    assert args[0] is x and not kwargs and not after
+    torch.testing.assert_close(output, x @ twice.weight.T + twice.bias)
+    net(x)
+    assert after  # the hook is gone

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from gracile.context import Context
 from gracile.data import Batch
-from gracile.stats.sums import Reached
+from gracile.stats.sums import read_call
 
 #: What inputs and outputs of one block may take together; of more calibration batches only the first are used.
 HELD_BYTES = 2 << 30
@@ -85,21 +85,10 @@ class Calls:
         return calls
 
     def _run(self, model: nn.Module, batch: Batch) -> tuple[tuple[Any, Any], Tensor]:
-        seen: list[Any] = []
-
-        def note(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            copied = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
-            seen.extend((copied, main_output(output).clone()))
-            raise Reached  # the rest of the forward is not needed
-
-        handle = model.get_submodule(self.block).register_forward_hook(note, with_kwargs=True)
-        try:
-            self.context.data.forward(model, batch)
-        except Reached:
-            pass
-        finally:
-            handle.remove()
-        return seen[0], seen[1]
+        block = model.get_submodule(self.block)
+        args, kwargs, output = read_call(block, lambda: self.context.data.forward(model, batch))
+        copied = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+        return copied, main_output(output).clone()
 
 
 def main_output(output: Any) -> Tensor:

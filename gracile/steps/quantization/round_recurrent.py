@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from gracile.nn import EncodedWeight
 from gracile.ranges.base import Range
 from gracile.solvers import RoundingSolver
 from gracile.stats.moments import CannotRefitError, Sums
-from gracile.stats.sums import Reached
+from gracile.stats.sums import read_call
 from gracile.stats.targets import ROWS
 from gracile.stats.unroll import Steps, suffixes, unroll
 from gracile.steps.quantization.grids import grid_of
@@ -54,8 +54,10 @@ def round_recurrent(
     layer, original: the same layer of the model and the original. run, run_original: feed these one of the batches.
     Raises CannotRefitError where the layer reads other steps than in the original.
     """
-    now = _Layer(layer, _calls(layer, run, batches))
-    then = _Layer(original, _calls(original, run_original, batches))
+    now, then = (
+        _Layer(module, [read_call(module, partial(feed, i))[:2] for i in range(batches)])
+        for module, feed in ((layer, run), (original, run_original))
+    )
     solved: list[Solved] = []
     for suffix in suffixes(now.module):
         solved += _round_suffix(now, then, suffix, solver, ranges)
@@ -103,23 +105,6 @@ def _round_suffix(now: _Layer, then: _Layer, suffix: str, solver: RoundingSolver
 def _added(layer: Any) -> int:
     """Rows of a suffix's matrices whose products are added as they are: all gates but a GRU's last of three."""
     return int({"LSTM": 4, "GRU": 2}.get(layer.mode, 1) * layer.hidden_size)
-
-
-def _calls(layer: nn.Module, run: Run, batches: int) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def on_call(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append((args, kwargs))
-        raise Reached
-
-    handle = layer.register_forward_pre_hook(on_call, with_kwargs=True)
-    try:
-        for i in range(batches):
-            with suppress(Reached):
-                run(i)
-    finally:
-        handle.remove()
-    return found
 
 
 def _some(count: int, wanted: int, device: torch.device) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gracile.data import Batch
 from gracile.modes import eval_mode
 from gracile.stats.match import BATCH_NORMS
+from gracile.stats.match_layer import ChannelMoments
 
 #: Batches behind the new statistics.
 BATCHES = 16
@@ -29,12 +30,10 @@ def recentre_batch_norms(model: nn.Module, run: Callable[[Batch], Any], batches:
     norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None and m.affine]
     if not norms:
         return 0
-    sums: dict[nn.Module, list[Tensor]] = {}
+    arriving: dict[nn.Module, ChannelMoments] = {}
 
     def add(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-        rows = args[0].detach().movedim(1, -1).flatten(0, -2).double()
-        found = [rows.mean(0), rows.square().mean(0), torch.ones((), dtype=torch.float64, device=rows.device)]
-        sums[norm] = [a + b for a, b in zip(sums[norm], found)] if norm in sums else found
+        arriving.setdefault(norm, ChannelMoments()).add(args[0].movedim(1, -1).flatten(0, -2))
 
     handles = [norm.register_forward_pre_hook(add) for norm in norms]
     try:
@@ -45,13 +44,12 @@ def recentre_batch_norms(model: nn.Module, run: Callable[[Batch], Any], batches:
         for handle in handles:
             handle.remove()
     with torch.no_grad():
-        for norm, (mean, square, count) in sums.items():
-            _restate(norm, mean / count, square / count - (mean / count).square())
-    return len(sums)
+        for norm, moments in arriving.items():
+            _restate(norm, moments.mean, moments.variance)
+    return len(arriving)
 
 
 def _restate(norm: Any, mean: Tensor, variance: Tensor) -> None:
-    variance = variance.clamp_min(0)
     gain = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
     norm.bias.copy_(norm.bias.double() + gain * (mean - norm.running_mean.double()))
     norm.weight.copy_(gain * (variance + norm.eps).sqrt())
