@@ -70,6 +70,10 @@ class BlockSolver(RoundingSolver):
     def asymmetry(self) -> float:  # type: ignore[override]
         return (self.start or GPTQ()).asymmetry
 
+    def draft(self) -> RoundingSolver:
+        """That of the solver it goes on from."""
+        return (self.start or GPTQ()).draft()
+
     @abstractmethod
     def choice(self, a: Tensor, b: Tensor, wanted: Tensor) -> Choice:
         """Between the grid points a, where it starts, and b, of weights that without a grid would be `wanted`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -62,6 +62,10 @@ class GPTQ(RoundingSolver):
         """How many roundings of each row of a weight [..., out, d] go on."""
         products = weight.numel() * weight.shape[-1]
         return self.beam or max(1, min(8, (1 << 31) // max(products, 1)))
+
+    def draft(self) -> GPTQ:
+        """One rounding of each row, once: about a tenth of the time."""
+        return replace(self, beam=1, rounds=1)
 
     def __call__(self, prior: Tensor, problem: RoundingProblem, grid: Grid) -> Rounded:
         baseline = nearest(prior, problem, grid)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import time
 
 import pytest
 import torch
@@ -75,3 +76,18 @@ def test_a_weight_of_zeros_and_a_perfect_start_are_no_trouble(solver: RoundingSo
     nothing = torch.zeros(4, 12, dtype=torch.float64)
     found = solver(nothing, RoundingProblem(nothing, problem.metric), UniformGrid(3))
     assert not bool(found.weight.any()) and not bool(found.loss.any())
+
+
+@every_member
+def test_a_draft_has_most_of_the_gain_in_less_time(solver: RoundingSolver) -> None:
+    weight, problem = layer(6, 64, 96)
+    draft, grid = solver.draft(), UniformGrid(4)
+    assert draft.draft() == draft and (draft.damping, draft.asymmetry) == (solver.damping, solver.asymmetry)
+    seconds, found = {}, {}
+    for each in (solver, draft):
+        start = time.process_time()
+        found[each] = each(weight, problem, grid)
+        seconds[each] = time.process_time() - start
+    gains = {each: float((f.nearest_loss - f.loss).sum()) for each, f in found.items()}
+    assert gains[draft] > 0.7 * gains[solver]
+    assert draft == solver or seconds[draft] < 0.7 * seconds[solver]

@@ -38,10 +38,11 @@ Held = tuple[list[nn.Module], dict[str, Any] | None]
 class FormatTrial:
     """A copy of the model whose layers take formats, each rounded and corrected as it stands there.
 
-    A layer is put into a format by the solver where there is one, on the inputs that it gets by then, and its bias and
-    scales are matched to the float layer's output if the step corrects. Layers are put in the order of the forward.
-    Of the trial's outputs counts ‖y − y₀‖² / ‖y₀‖² against the model's, of scores of classes less their mean. Their KL,
-    small and decided by few examples where a net knows the calibration data by heart, chooses formats that suit these.
+    A layer is put into a format by a draft of the solver where there is one, on the inputs that it gets by then, and
+    its bias and scales are matched to the float layer's output if the step corrects. Layers are put in the order of the
+    forward. Of the trial's outputs counts ‖y − y₀‖² / ‖y₀‖² against the model's, of scores of classes less their mean.
+    Their KL, small and decided by few examples where a net knows the calibration data by heart, chooses formats that
+    suit these.
 
     order: names of the layers, in the order in which the model calls them, of layers that hold one weight that of the
     first. model: stays as it is, in eval mode.
@@ -61,7 +62,7 @@ class FormatTrial:
         place = {layer.name: i for i, layer in enumerate(traced.layers)}
         self.order = sorted(units, key=lambda name: min(place.get(each, len(place)) for each in units[name]))
         self.units = units
-        self.encoder, self.solver = encoder, solver
+        self.encoder, self.solver = encoder, solver.draft() if solver is not None else None
         self.model = copy_model(model).eval()
         self.batches = some_batches(context.data, EXAMPLES)
         self.data = context.data

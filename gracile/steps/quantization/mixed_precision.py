@@ -41,11 +41,10 @@ def choose_schemes(
     """argmin of the outputs' error over one scheme of each layer, subject to the bytes of the model.
 
     First by the sum of what each layer's schemes do alone, a knapsack. Schemes that another one beats, in bytes and in
-    that, are out. Then, up to ROUNDS times, by what each layer's
-    next smaller and next larger schemes do where all others are as chosen: a knapsack again, whose choice is kept if
-    the model of it has less. By the solver where there is one, and corrected as the step corrects (`FormatTrial`).
-    Bytes are those of the model's tensors as stored. Raises ConfigError where no choice fits, with the least that can
-    be reached.
+    that, are out. Then, up to ROUNDS times, by what each layer's next smaller and next larger schemes do where all
+    others are as chosen: a knapsack again, whose choice is kept if the model of it has less. By a draft of the solver
+    where there is one, and corrected as the step corrects (`FormatTrial`). Bytes are those of the model's tensors as
+    stored. Raises ConfigError where no choice fits, with the least that can be reached.
 
     model: the float model, which is left as it is. traced: of it. options: schemes of each unit, by its first layer.
     units: the first layer -> all that hold its weight and take its scheme. Returns the schemes of all layers.

@@ -121,7 +121,8 @@ def test_the_original_and_the_models_norms_stay_as_they_are_while_options_are_tr
     assert torch.equal(again(batches[0]), result.model(batches[0]))
 
 
-def test_options_that_a_solver_cannot_round_are_options_all_the_same() -> None:
+def test_options_that_a_solver_cannot_round_are_options_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROUNDS", 0)  # beside the others' errors the least layer's may be better in two bits
     model = net()
     record = Quantize(to=Bytes(0.5), options=(FP8(), Int(2)), solver=GPTQ(rounds=1))(model, context(model))
     assert {type(m.weight_format) for m in model.modules() if hasattr(m, "weight_format")} == {FP8}
