@@ -7,9 +7,10 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from gracile.formats import Format, Granularity, Int, Levels, PerGroup, PerTensor
+from gracile.formats import Format, Granularity, Int, Levels, MidRise, PerGroup, PerTensor
 from gracile.formats.granularity import to_rows
 from gracile.formats.integer import SMALLEST_SCALE
+from gracile.ranges import MinMax
 from gracile.ranges.base import Range
 from gracile.solvers import Grid
 
@@ -88,7 +89,19 @@ class LevelGrid(_FormatGrid):
         return torch.bucketize(x.contiguous(), (table[1:] + table[:-1]) / 2)
 
 
-def least_error_scale(fmt: Levels, weight: Tensor) -> Tensor:
+def nearest_codes(weight: Tensor, fmt: Format, ranges: Range) -> dict[str, Tensor]:
+    """The weight by its nearest codes, on the grid that the range finds; of a mid-rise one, on that of least error.
+
+    Raises ConfigError for values that the format does not reach.
+    """
+    if isinstance(fmt, Int):
+        return fmt.encode(weight, ranges.weight(weight, fmt))
+    if isinstance(fmt, MidRise) and not isinstance(ranges, MinMax):
+        return fmt.encode(weight, _least_error_scale(fmt, weight))
+    return fmt.encode(weight)
+
+
+def _least_error_scale(fmt: Levels, weight: Tensor) -> Tensor:
     """Scales of the weight, float32 of `fmt.scale_shape(weight.shape)`: of least squared error of those tried."""
     rows = to_rows(fmt.granularity, weight.detach().float())
     scale, _ = LevelGrid(fmt).fit_rows(rows, torch.ones_like(rows))

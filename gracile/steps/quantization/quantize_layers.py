@@ -15,14 +15,13 @@ from gracile.formats import Format, Int, Levels, MidRise, PerChannel, Scheme, fo
 from gracile.graph import Trace
 from gracile.layer_stats import LayerStats
 from gracile.nn import QuantizedLayer, quantize_layer, quantized_kind, recurrent_kind
-from gracile.ranges import MinMax
 from gracile.ranges.base import Range
 from gracile.recipe import Recorder
 from gracile.report.model import LayerRow
 from gracile.select import Select
 from gracile.sharing import tied_groups
 from gracile.stats.rows import CONVOLUTIONS
-from gracile.steps.quantization.grids import least_error_scale
+from gracile.steps.quantization.grids import nearest_codes
 from gracile.steps.quantization.tied import why_apart
 from gracile.surgery import Swap, apply
 
@@ -111,17 +110,9 @@ class Encoder:
             raise DataError(f"Quantize: the weight of layer '{name}' holds NaN or infinity.")
         fmt = format_for(layer, scheme.weight)
         self._sized(name, layer, fmt)
-        if isinstance(fmt, Levels) and 0.0 not in fmt.levels and has_zeros(weight):
-            raise ConfigError(
-                f"Quantize: layer '{name}' {tuple(weight.shape)} was pruned, and {type(fmt).__name__} has no zero.\n"
-                f"  Use Ternary() for it, or exclude it."
-            )
-        if isinstance(fmt, Int):
-            return fmt.encode(weight, self.ranges.weight(weight, fmt))
-        if isinstance(fmt, MidRise) and not isinstance(self.ranges, MinMax):
-            return fmt.encode(weight, least_error_scale(fmt, weight))
+        check_zeros(name, weight, fmt)
         try:
-            return fmt.encode(weight)
+            return nearest_codes(weight, fmt, self.ranges)
         except ConfigError as error:  # values that the format does not reach
             raise ConfigError(f"Quantize: layer '{name}' {tuple(weight.shape)}: {error}") from error
 
@@ -229,6 +220,15 @@ def has_zeros(weight: Tensor) -> bool:
     """Whether single weights were pruned: zeros in rows that hold others too, not a row of padding or a dead unit."""
     zero = weight.detach().flatten(1) == 0
     return bool((zero.any(1) & ~zero.all(1)).any())
+
+
+def check_zeros(name: str, weight: Tensor, fmt: Format) -> None:
+    """Refuse a format without a zero for a weight of which single values were pruned."""
+    if isinstance(fmt, Levels) and 0.0 not in fmt.levels and has_zeros(weight):
+        raise ConfigError(
+            f"Quantize: layer '{name}' {tuple(weight.shape)} was pruned, and {type(fmt).__name__} has no zero.\n"
+            f"  Use Ternary() for it, or exclude it."
+        )
 
 
 def format_for(layer: nn.Module, fmt: Format) -> Format:

@@ -15,7 +15,8 @@ from gracile.nn import QuantizedRecurrent, build_layer, recurrent_kind
 from gracile.ranges.base import Range
 from gracile.recipe import Recorder
 from gracile.report.model import LayerRow
-from gracile.steps.quantization.quantize_layers import has_zeros
+from gracile.steps.quantization.grids import nearest_codes
+from gracile.steps.quantization.quantize_layers import check_zeros, has_zeros
 from gracile.surgery import Swap, apply
 
 #: What the report says of a recurrent layer.
@@ -28,6 +29,7 @@ def check_recurrent(model: nn.Module, layers: Sequence[str], formats: Iterable[F
         for key, weight in matrices(model.get_submodule(name)).items():
             if not bool(torch.isfinite(weight).all()):
                 raise DataError(f"Quantize: the weight '{key}' of layer '{name}' holds NaN or infinity.")
+            check_zeros(f"{name}.{key}", weight, fmt)
             try:
                 fmt.size_bytes(weight.shape)
                 if not isinstance(fmt, Int):
@@ -44,9 +46,7 @@ def build_recurrent(old: nn.Module, fmt: Format, ranges: Range) -> tuple[Quantiz
     assert isinstance(layer, QuantizedRecurrent)
     for key, weight in matrices(old).items():
         matrix: Any = layer.encoded[key]
-        matrix.set_weight(
-            fmt.encode(weight, ranges.weight(weight, fmt)) if isinstance(fmt, Int) else fmt.encode(weight)
-        )
+        matrix.set_weight(nearest_codes(weight, fmt, ranges))
     return layer.train(old.training), config
 
 

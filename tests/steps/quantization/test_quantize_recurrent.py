@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import gracile as gc
 from gracile.context import Context
 from gracile.errors import ConfigError, DataError
-from gracile.formats import Int, PerGroup
+from gracile.formats import Int, MidRise, PerGroup
 from gracile.nn import QuantizedRecurrent
 
 
@@ -88,6 +88,22 @@ def test_rounded_to_its_nearest_code_per_gate_and_unit() -> None:
     assert torch.equal(model.rnn.bias_ih_l0, found.rnn.bias_ih_l0)
 
 
+def test_mid_rise_scales_are_those_of_least_error() -> None:
+    """Against all scales between a tenth and the whole of the one that reaches the largest weight, row by row."""
+    model = net()
+    found = quantized(gc.Quantize(MidRise(2), exclude=("head",))).model.rnn
+    for name in ("weight_ih_l0", "weight_hh_l1"):
+        weight = getattr(model.rnn, name).detach()
+        error = (getattr(found, name) - weight).square().sum(1)
+        full = weight.abs().amax(1, keepdim=True) / 1.5
+        tried = []
+        for scale in (full * share for share in torch.linspace(0.1, 1, 200)):
+            levels = torch.stack([scale * level for level in (-1.5, -0.5, 0.5, 1.5)])  # [4, rows, 1]
+            tried.append((levels - weight).square().amin(0).sum(1))
+        assert bool((error <= 1.01 * torch.stack(tried).amin(0)).all())  # in 57 steps
+        assert float(error.sum()) < 0.8 * float(tried[-1].sum())
+
+
 def test_two_bits_recover_by_distillation() -> None:
     model, batches = net(), frames(3, 8)
     data = gc.Data(calibration=frames(), train=batches)
@@ -140,6 +156,11 @@ def test_what_cannot_be_encoded_is_refused_before_any_change() -> None:
     with pytest.raises(DataError, match=r"weight_hh_l1.*rnn.*NaN"):
         gc.Quantize(Int(8))(model, Context(gc.Data(calibration=frames()), net(), net()))
     assert isinstance(model.rnn, nn.GRU) and isinstance(model.head, nn.Linear)
+    pruned = net()
+    pruned.rnn.weight_hh_l0.data[0, 0] = 0.0
+    with pytest.raises(ConfigError, match=r"rnn.weight_hh_l0.*pruned, and MidRise has no zero"):
+        gc.Quantize(MidRise(3))(pruned, Context(gc.Data(calibration=frames()), net(), net()))
+    assert isinstance(pruned.rnn, nn.GRU)
     with pytest.raises(ConfigError, match="axis=5"):
         gc.compress(net(), gc.Quantize(Int(8, gc.formats.PerChannel(5)), exclude=("head",)), gc.Data())
 
