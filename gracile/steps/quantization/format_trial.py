@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gracile.context import Context
+from gracile.data import Batch, Data
 from gracile.errors import DataError
 from gracile.formats import Scheme
 from gracile.graph import Trace
@@ -21,13 +22,13 @@ from gracile.stats.replay import Replay
 from gracile.steps.correct import copy_model
 from gracile.steps.pruning.blocks import put_module
 from gracile.steps.pruning.sequence import called_once, targets_of
-from gracile.steps.pruning.tables import outputs_of, some_batches
+from gracile.steps.pruning.tables import at_least, outputs_of, some_batches
 from gracile.steps.quantization.grids import grid_of
 from gracile.steps.quantization.quantize_layers import Encoder
 from gracile.steps.quantization.quantize_recurrent import build_recurrent
 from gracile.steps.quantization.round_layers import format_of, round_one, solvable
 
-#: Calibration examples that formats are judged on.
+#: Calibration examples that formats are judged on, none of which a solver sees meanwhile.
 EXAMPLES = 256
 
 #: Layers of the trial that take one format, and the state of the batch norm behind the one, which takes up what a layer
@@ -64,7 +65,7 @@ class FormatTrial:
         self.units = units
         self.encoder, self.solver = encoder, solver.draft() if solver is not None else None
         self.model = copy_model(model).eval()
-        self.batches = some_batches(context.data, EXAMPLES)
+        fitted, self.batches = split(context.data, solver)
         self.data = context.data
         self._expected = [_centred(y) for y in outputs_of(self.model, context.data, self.batches)]
         self._first = {name: min(units[name], key=lambda each: place.get(each, len(place))) for name in units}
@@ -73,7 +74,7 @@ class FormatTrial:
         self._solved = [name for name in self.order if solved.get(name, "") is None]
         norms = dict(traced.batch_norm_pairs())
         plain = [name for name in self._solved if not isinstance(self._floats[name], nn.RNNBase)]
-        self._moments = LayerMoments(self.model, targets_of(model, traced, plain, context), norms=norms)
+        self._moments = LayerMoments(self.model, targets_of(model, traced, plain, context, fitted), norms=norms)
         self._replay = Replay(self.model, context.data, self.batches)
         runs = [lambda net, batch=batch: context.data.forward(net, batch) for batch in self.batches]
         matched = set(called_once(model, traced)) & set(self.order) if correct else set()
@@ -142,6 +143,18 @@ class FormatTrial:
             round_one(self._moments, name, weight, solver, self.encoder.ranges)
         except CannotRefitError:
             self._solved.remove(name)
+
+
+def split(data: Data, solver: RoundingSolver | None) -> tuple[list[Batch], list[Batch]]:
+    """Calibration batches to round on, and others to judge formats on: up to every second one, where there are two.
+
+    The fewer bits, the more a solver suits them to what it saw; judged on that, too few bits are chosen.
+    """
+    batches = list(data.calibration_batches)
+    if solver is None or len(batches) < 2:
+        return batches, some_batches(data, EXAMPLES)
+    judged = at_least(batches[::2], EXAMPLES)
+    return [*batches[1::2], *batches[::2][len(judged) :]], judged
 
 
 def _centred(outputs: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from gracile.stats.match import divergence, relative_error
 from gracile.steps import Quantize
 from gracile.steps.pruning.tables import outputs_of
 from gracile.steps.quantization import mixed_precision as module
+from gracile.steps.quantization.format_trial import split
 
 
 class Net(nn.Module):
@@ -130,6 +131,15 @@ def test_options_that_a_solver_cannot_round_are_options_all_the_same(monkeypatch
     assert reasons == {"rounded to nearest: FP8 has no scale to round by"}
     assert "GPTQ can round none of these layers: all are rounded to nearest." in record.notes
     assert "output_error_nearest" not in record.numbers
+
+
+@pytest.mark.parametrize(("count", "solver"), [(9, GPTQ()), (40, GPTQ()), (2, GPTQ()), (1, GPTQ()), (9, None)])
+def test_a_solver_sees_none_of_the_examples_that_formats_are_judged_on(count: int, solver: GPTQ | None) -> None:
+    batches = [torch.full((32, 16), float(i)) for i in range(count)]
+    fitted, judged = ([float(b[0, 0]) for b in part] for part in split(Data(calibration=batches), solver))
+    assert judged and sorted({*fitted, *judged}) == list(range(count))
+    assert bool({*fitted} & {*judged}) == (solver is None or count == 1)
+    assert 32 * len(judged) <= 256 + 32 or solver is None
 
 
 def test_grids_of_inputs_and_outputs_count_among_the_bytes() -> None:
