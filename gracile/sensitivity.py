@@ -51,8 +51,8 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Loss of every layer in every option, all others as they are; what `Quantize(to=Bytes(...))` chooses by.
 
-    options: schemes or formats, two at least. solver: rounds each; None: to nearest. The model is not changed. Raises
-    what the step would raise.
+    options: schemes or formats, two at least. solver: its draft rounds each; None: to nearest. The model is not
+    changed. Raises what the step would raise.
     """
     check_request(model, data, None)
     step = Quantize(to=Bytes(1.0), options=tuple(options), solver=solver, exclude=exclude)
