@@ -18,6 +18,7 @@ from gracile.recipe import Recorder
 from gracile.report.model import LayerRow
 from gracile.stats.collect import collect_activations
 from gracile.stats.histogram import StreamingHistogram
+from gracile.steps.quantization.grids import nearest_codes
 
 
 def smooth(
@@ -73,11 +74,7 @@ def same_inputs(stats: dict[str, LayerStats]) -> list[list[str]]:
 
 
 def _rounded(weight: Tensor, inputs: Tensor, scheme: Scheme, ranges: Range) -> tuple[Tensor, Tensor]:
-    fmt = scheme.weight
-    if isinstance(fmt, Int):
-        weight = fmt.decode(fmt.encode(weight, MinMax().weight(weight, fmt)))
-    else:
-        weight = fmt.decode(fmt.encode(weight))
+    weight = scheme.weight.decode(nearest_codes(weight, scheme.weight, MinMax()))
     if not isinstance(scheme.input, Int):
         return weight, inputs
     if is_dynamic(scheme.input):
