@@ -88,29 +88,34 @@ def main() -> None:
     batch = 4096 // args.length
     loader = DataLoader(list(pool), batch_size=batch, shuffle=True)
     data = gc.Data(calibration=list(pool[order].split(batch)), train=loader)
-    tune = gc.Distill(
-        losses=(gc.SoftLabels(temperature=1.0),),
-        epochs=max(1, args.epochs),
-        optimizer=gc.steps.AdamW(args.learning_rate, weight_decay=0.0),
-    )
     whole = perplexity(model)
     print(json.dumps({"float": whole}), flush=True)
     for case in args.cases:
         worst = None
         for name in args.variants:
             start = time.perf_counter()
-            tuned = bool(args.epochs) and worst is not None and name != HQQ
+            tuned = args.epochs > 0 and worst is not None and name != HQQ
             if name == HQQ:
                 rounded, notes = by_hqq(model, CASES[case]), []
             else:
-                step = gc.Quantize(CASES[case], exclude=EXCLUDED, **VARIANTS[name])
-                result = gc.compress(model, gc.Recipe(step, tune) if tuned else step, data, seed=args.seed)
+                step: gc.Step = gc.Quantize(CASES[case], exclude=EXCLUDED, **VARIANTS[name])
+                step = gc.Recipe(step, distillation(args)) if tuned else step
+                result = gc.compress(model, step, data, seed=args.seed)
                 rounded, notes = result.model, result.report.steps[0].notes[:1]
             row = {"case": case, "variant": name, "tuned": tuned, "seconds": round(time.perf_counter() - start, 1)}
             row["perplexity"] = found = perplexity(rounded)
             worst = found if worst is None else worst
             row["share"] = round((worst - found) / (worst - whole), 3)
             print(json.dumps(row | {"notes": notes}), flush=True)
+
+
+def distillation(args: argparse.Namespace) -> gc.Distill:
+    """By soft labels alone."""
+    return gc.Distill(
+        losses=(gc.SoftLabels(temperature=1.0),),
+        epochs=args.epochs,
+        optimizer=gc.steps.AdamW(args.learning_rate, weight_decay=0.0),
+    )
 
 
 if __name__ == "__main__":

@@ -62,19 +62,24 @@ def main() -> None:
         quantize: gc.Step = gc.Quantize(scheme, solver=solver)
         if args.projections:
             quantize = gc.Recipe(replace(quantize, exclude=PROJECTIONS), gc.Quantize(gc.W8A8))
-        distill = gc.Distill(
-            losses=(gc.SoftLabels(temperature=args.temperature), *([gc.losses.Hint()] if args.hints else [])),
-            epochs=max(1, args.epochs),
-            mixup=args.mixup,
-            optimizer=AdamW(args.learning_rate, weight_decay=0.0),
-            mixed_precision=True,
-        )
+        step: gc.Step = quantize if args.epochs == 0 else gc.Recipe(quantize, distillation(args))
         start = time.perf_counter()
-        result = gc.compress(model, gc.Recipe(quantize, distill) if args.epochs else quantize, data, seed=args.seed)
+        result = gc.compress(model, step, data, seed=args.seed)
         seconds = time.perf_counter() - start
         row = {"scheme": name, "accuracy": accuracy(result.model, test, answers), "seconds": round(seconds)}
         row["bytes"] = state_bytes(result.model) / state_bytes(model)
         print(json.dumps(row | {"numbers": result.report.steps[-1].numbers}), flush=True)
+
+
+def distillation(args: argparse.Namespace) -> gc.Distill:
+    """By soft labels and, unless the user wants none, hints."""
+    return gc.Distill(
+        losses=(gc.SoftLabels(temperature=args.temperature), *([gc.losses.Hint()] if args.hints else [])),
+        epochs=args.epochs,
+        mixup=args.mixup,
+        optimizer=AdamW(args.learning_rate, weight_decay=0.0),
+        mixed_precision=True,
+    )
 
 
 if __name__ == "__main__":

@@ -103,24 +103,32 @@ def _in_eight_bits(fmt: Format) -> bool:
 
 def _notes(model: nn.Module, target: Target) -> tuple[str, ...]:
     """What the file does not keep in few bits, and 8-bit weights where kernels add two products in 16 bits."""
+    recurrent = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedRecurrent)}
+    integer = [name for name, layer in recurrent.items() if layer.dynamic and target.capabilities.integer_lstms]
     overflowing = [
         name
         for name, layer in model.named_modules()
         if isinstance(layer, QuantizedLayer) and layer.input_format is not None and _in_eight_bits(layer.weight_format)
     ]
+    overflowing += [name for name in integer if _in_eight_bits(recurrent[name].weight_format)]
     floating = [
         name
         for name, layer in model.named_modules()
         if isinstance(layer, QuantizedLayer) and not isinstance(layer, EncodedWeight)
         if not isinstance(layer.weight_format, (Int, MidRise))
     ]
-    recurrent = [name for name, layer in model.named_modules() if isinstance(layer, QuantizedRecurrent)]
     notes = []
-    if recurrent:
+    decoded = [name for name in recurrent if name not in integer]
+    if decoded:
         notes.append(
-            f"The weights of {', '.join(recurrent)} are decoded in the file: no runtime computes recurrent layers in "
-            f"few bits. They are small in the saved model only."
+            f"The weights of {', '.join(decoded)} are decoded in the file: {target.name} does not compute them in few "
+            f"bits. They are small in the saved model only."
         )
+        rounded = [name for name in decoded if recurrent[name].dynamic]
+        if rounded:
+            notes.append(
+                f"Inputs and states of {', '.join(rounded)} are rounded to 8 bits in PyTorch, not in the file."
+            )
     if floating and target.suffix == ".onnx":
         titles = sorted({format_title(model.get_submodule(name).weight_format) for name in floating})  # type: ignore[arg-type]
         notes.append(

@@ -19,6 +19,7 @@ from gracile.nn.recurrent import (
     QuantizedLSTM,
     QuantizedRecurrent,
     QuantizedRNN,
+    can_be_dynamic,
     recurrent_kind,
 )
 from gracile.nn.skip import Skip
@@ -39,6 +40,7 @@ __all__ = [
     "Skip",
     "begin_training",
     "build_layer",
+    "can_be_dynamic",
     "compose",
     "end_training",
     "factorized_kind",

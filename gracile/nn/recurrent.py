@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from gracile.errors import ConfigError
+from gracile.formats import Format
+from gracile.nn.dynamic_lstm import run_dynamic_lstm
 from gracile.nn.quantized import QuantizedLayer
 
 _SETTINGS = (
@@ -32,7 +34,8 @@ class EncodedWeight(QuantizedLayer):
 
 
 class QuantizedRecurrent(nn.RNNBase):
-    """The float layer's own forward on decoded weights; inputs, states and biases stay in floating point.
+    """The float layer's own forward on decoded weights; biases, and all but in dynamic LSTMs inputs and states, stay in
+    floating point.
 
     encoded: an `EncodedWeight` for each matrix, by its name in the layer (weight_ih_l0, weight_hh_l0, ...). These names
     still read the decoded matrices; biases are parameters under theirs.
@@ -41,7 +44,9 @@ class QuantizedRecurrent(nn.RNNBase):
     encoded: nn.ModuleDict
 
     def __init__(self, old: Any, config: dict[str, Any]) -> None:
-        """config: {"weight": format}, of all matrices; {"sparse": [names]} of those that were pruned before."""
+        """config: {"weight": format}, of all matrices; {"sparse": [names]} of those that were pruned before; of an LSTM
+        without projections {"dynamic": true} rounds inputs and states to 8 bits as they come (`run_dynamic_lstm`).
+        """
         nn.Module.__init__(self)
         if config.get("input") is not None or config.get("output") is not None:
             raise ConfigError("Inputs and states of a recurrent layer stay in floating point: leave their formats out.")
@@ -57,6 +62,9 @@ class QuantizedRecurrent(nn.RNNBase):
                 bias: Tensor = getattr(old, name)
                 self.register_parameter(name, nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad))
         self._all_weights = old._all_weights
+        self.dynamic = bool(config.get("dynamic"))
+        if self.dynamic and not can_be_dynamic(self):
+            raise ConfigError("Only an LSTM without projections takes inputs and states on grids found as it runs.")
         self.__dict__["_flat_weights_names"] = names
 
     def __getattr__(self, name: str) -> Any:
@@ -96,13 +104,22 @@ class QuantizedRecurrent(nn.RNNBase):
         layer.load_state_dict({name: tensor.detach() for name, tensor in weights.items()})
         return layer.train(self.training)
 
+    @property
+    def weight_format(self) -> Format:
+        """Of all matrices."""
+        fmt: Format = next(iter(self.encoded.values())).weight_format  # type: ignore[union-attr,assignment]
+        return fmt
+
     def extra_repr(self) -> str:
-        fmt = next(iter(self.encoded.values())).weight_format  # type: ignore[union-attr]
-        return f"{super().extra_repr()}, weight={fmt}"
+        return f"{super().extra_repr()}, weight={self.weight_format}" + (", dynamic" if self.dynamic else "")
 
 
 class QuantizedLSTM(QuantizedRecurrent, nn.LSTM):
     """`nn.LSTM` with encoded weights."""
+
+    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
+        """As `nn.LSTM`."""
+        return run_dynamic_lstm(self, input, hx) if self.dynamic else super().forward(input, hx)
 
 
 class QuantizedGRU(QuantizedRecurrent, nn.GRU):
@@ -114,6 +131,11 @@ class QuantizedRNN(QuantizedRecurrent, nn.RNN):
 
 
 _KINDS: dict[type[nn.Module], str] = {nn.LSTM: "QuantizedLSTM", nn.GRU: "QuantizedGRU", nn.RNN: "QuantizedRNN"}
+
+
+def can_be_dynamic(layer: nn.Module) -> bool:
+    """Whether there is a kernel with integer products for such a recurrent layer: an LSTM without projections."""
+    return isinstance(layer, nn.LSTM) and not layer.proj_size
 
 
 def recurrent_kind(layer: nn.Module) -> str | None:

@@ -62,8 +62,9 @@ class Quantize(Step):
 
     With an input format, a batch norm behind a convolution is folded into it first, as integer kernels need it; what
     such a layer gives a sum or the like takes 8 bits, since no kernel adds in fewer. LSTMs, GRUs and RNNs take the
-    scheme's weight format and compute in floating point. Linear layers and embeddings
-    that hold one weight take one format and go on holding one, of nearest codes; all of them are quantized, or none.
+    scheme's weight format and compute in floating point; with W8A8Dynamic, LSTMs round inputs and states as they come.
+    Linear layers and embeddings that hold one weight take one format and go on holding one, of nearest codes; all of
+    them are quantized, or none.
     """
 
     scheme: Scheme | Format | None = None
@@ -201,7 +202,7 @@ class Quantize(Step):
         for name in layers:
             encoder.swap(model, name, chosen[name], recorder)
         tie(model, ready.tied, recorder)
-        quantize_recurrent(model, {name: chosen[name].weight for name in ready.recurrent}, self.ranges, recorder)
+        quantize_recurrent(model, {name: chosen[name] for name in ready.recurrent}, self.ranges, recorder)
         if ready.reference is not None:  # biases of other layers may be corrected
             own_parameters(model, ready.reference)
         if ready.reference is not None and traced is not None and self.solver is not None:

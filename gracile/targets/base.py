@@ -24,11 +24,13 @@ class Capabilities:
     schemes: names of schemes it runs as integers ("W8A8", "W8A16", "W4A16"); others are storage only there.
     precisions: its own precision modes that a plan may try ("f32", "bf16", ...), the first being forced float32.
     folds_batch_norm: whether a batch norm after a convolution is folded into it on export.
+    integer_lstms: whether it has an LSTM of integers that rounds inputs and states as they come.
     """
 
     schemes: tuple[str, ...]
     precisions: tuple[str, ...] = ("f32",)
     folds_batch_norm: bool = True
+    integer_lstms: bool = False
 
 
 class Runner(ABC):

@@ -35,14 +35,21 @@ BATCH_KEY = "gracile.batch"
 
 
 def export_onnx(
-    model: nn.Module, example: Batch, path: str | Path, *, feed: Callable[[Batch], Any] | None = None, extra: str
+    model: nn.Module,
+    example: Batch,
+    path: str | Path,
+    *,
+    feed: Callable[[Batch], Any] | None = None,
+    extra: str,
+    integer_lstms: bool = False,
 ) -> Path:
     """Write the model, in evaluation mode and float32, as ONNX, and return the file.
 
     The first dimension of every input that has the batch's size is dynamic, and the second of integer tokens [batch,
     length]; where tracing refuses that, all are fixed, with a warning in the log. Inputs are named as the parameters of
     `forward`, outputs as the keys of what it returns ("output" for a single tensor). The model given is not changed.
-    Raises TargetError with the exporter's reason. extra: what to install where the exporter is absent.
+    Raises TargetError with the exporter's reason. extra: what to install where the exporter is absent. integer_lstms:
+    whether the runtime has an LSTM that rounds inputs and states as they come, for the layers that do.
     """
     for package in ("onnx", "onnxscript"):
         try:
@@ -50,12 +57,15 @@ def export_onnx(
         except ImportError as error:
             raise MissingExtraError(package, extra, "Exporting to ONNX") from error
     from gracile.targets.qdq import to_standard
+    from gracile.targets.qdq_lstm import write_lstms
 
-    plain = plain_copy(model)
+    plain, recurrent = plain_copy(model)
     args, kwargs = example_of_two(*inputs_of(plain, example, feed))
     names = output_names(plain, args, kwargs)
     program, batch = _trace(plain, args, kwargs)
     to_standard(program)
+    if integer_lstms:
+        write_lstms(program, recurrent)
     _strip(program)
     _name_ends(program.graph, input_names(plain, args, kwargs), names)
     program.metadata_props[BATCH_KEY] = batch

@@ -43,7 +43,9 @@ class OnnxRuntime(Target):
     name: ClassVar[str] = "onnxruntime"  # type: ignore[misc]
     suffix: ClassVar[str] = ".onnx"  # type: ignore[misc]
     capabilities: ClassVar[Capabilities] = Capabilities(  # type: ignore[misc]
-        schemes=(*INTEGER_SCHEMES, "W8A8-dynamic", "W7A8-dynamic"), precisions=("f32", "default")
+        schemes=(*INTEGER_SCHEMES, "W8A8-dynamic", "W7A8-dynamic"),
+        precisions=("f32", "default"),
+        integer_lstms=True,
     )
 
     def __post_init__(self) -> None:
@@ -61,7 +63,8 @@ class OnnxRuntime(Target):
         self, model: nn.Module, example: Batch, path: str | Path, *, feed: Callable[[Batch], Any] | None = None
     ) -> Path:
         """Write the model as ONNX; see `export_onnx`."""
-        return export_onnx(model, example, path, feed=feed, extra="onnxruntime")
+        lstms = self.capabilities.integer_lstms
+        return export_onnx(model, example, path, feed=feed, extra="onnxruntime", integer_lstms=lstms)
 
     def load(self, path: str | Path) -> OnnxRuntimeRunner:
         """A session on the file."""

@@ -58,7 +58,7 @@ class PyTorch(Target):
         self, model: nn.Module, example: Batch, path: str | Path, *, feed: Callable[[Batch], Any] | None = None
     ) -> Path:
         """Trace the model with `torch.export`, dynamic as in ONNX, and save the program."""
-        plain = plain_copy(model)
+        plain, _ = plain_copy(model)
         args, kwargs = example_of_two(*inputs_of(plain, example, feed))
         outputs = output_names(plain, args, kwargs)
         program = _trace(_Positional(plain, list(kwargs)), (*args, *kwargs.values()))

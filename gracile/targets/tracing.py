@@ -18,24 +18,26 @@ from gracile.errors import GracileError, ModelError
 from gracile.nn import QuantizedRecurrent, end_training
 
 
-def plain_copy(model: nn.Module) -> nn.Module:
+def plain_copy(model: nn.Module) -> tuple[nn.Module, list[QuantizedRecurrent]]:
     """A float32 copy on the CPU in evaluation mode, its weights encoded, without caches between calls.
 
-    Recurrent layers have decoded weights: no runtime computes them in few bits, and all are slow with weights that are
-    no constants.
+    Recurrent layers have decoded weights in it, since runtimes are slow with weights that are no constants; the layers
+    that they stand for come besides.
     """
     plain = copy.deepcopy(model).cpu().float().eval()
     end_training(plain)
+    encoded = [module for module in plain.modules() if isinstance(module, QuantizedRecurrent)]
+    floats = {id(layer): layer.to_float() for layer in encoded}
     for parent in list(plain.modules()):
         for name, child in list(parent._modules.items()):
-            if isinstance(child, QuantizedRecurrent):
-                setattr(parent, name, child.to_float())
+            if id(child) in floats:
+                setattr(parent, name, floats[id(child)])
     for parameter in plain.parameters():
         parameter.requires_grad_(False)
     config = getattr(plain, "config", None)
     if getattr(config, "use_cache", False):
         config.use_cache = False  # type: ignore[union-attr]
-    return plain
+    return plain, encoded
 
 
 def example_of_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -131,7 +131,7 @@ class FormatTrial:
     def _built(self, name: str, scheme: Scheme) -> nn.Module:
         old = self._floats[name]
         if isinstance(old, nn.RNNBase):
-            return build_recurrent(old, scheme.weight, self.encoder.ranges)[0]
+            return build_recurrent(old, scheme, self.encoder.ranges)[0]
         return self.encoder.build(name, old, scheme, self.encoder.encode(name, old, scheme))[0]
 
     def _round(self, name: str, solver: RoundingSolver) -> None:

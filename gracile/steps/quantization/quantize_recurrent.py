@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gracile.errors import ConfigError, DataError
-from gracile.formats import Format, Int, format_title, format_to_config
-from gracile.nn import QuantizedRecurrent, build_layer, recurrent_kind
+from gracile.formats import Format, Int, PerChannel, PerTensor, Scheme, format_title, format_to_config, is_dynamic
+from gracile.nn import QuantizedRecurrent, build_layer, can_be_dynamic, recurrent_kind
 from gracile.ranges.base import Range
 from gracile.recipe import Recorder
 from gracile.report.model import LayerRow
@@ -19,8 +19,10 @@ from gracile.steps.quantization.grids import nearest_codes
 from gracile.steps.quantization.quantize_layers import check_zeros, has_zeros
 from gracile.surgery import Swap, apply
 
-#: What the report says of a recurrent layer.
-STORED = "weights only: no runtime computes recurrent layers in few bits"
+#: What the report says of recurrent layers.
+STORED = "weights only: no runtime computes this layer in few bits"
+STORED_LSTM = "weights only: ONNX Runtime computes LSTMs in integers with W8A8Dynamic or W7A8Dynamic"
+DYNAMIC = "inputs and states take 8 bits as they come; in integers in ONNX Runtime, elsewhere in floating point"
 
 
 def check_recurrent(model: nn.Module, layers: Sequence[str], formats: Iterable[Format]) -> None:
@@ -38,10 +40,21 @@ def check_recurrent(model: nn.Module, layers: Sequence[str], formats: Iterable[F
                 raise ConfigError(f"Quantize: layer '{name}', {key} {tuple(weight.shape)}: {error}") from error
 
 
-def build_recurrent(old: nn.Module, fmt: Format, ranges: Range) -> tuple[QuantizedRecurrent, dict[str, Any]]:
+def in_integers(layer: nn.Module, scheme: Scheme) -> bool:
+    """Whether a kernel with integer products takes the layer in this scheme: an LSTM whose inputs are rounded as they
+    come."""
+    fmt = scheme.weight
+    rows = isinstance(fmt, Int) and fmt.symmetric and fmt.granularity in (PerChannel(0), PerTensor())
+    return rows and is_dynamic(scheme.input) and can_be_dynamic(layer)
+
+
+def build_recurrent(old: nn.Module, scheme: Scheme, ranges: Range) -> tuple[QuantizedRecurrent, dict[str, Any]]:
     """The quantized layer for a recurrent one, every weight at its nearest code, and its configuration."""
+    fmt = scheme.weight
     sparse = [key for key, weight in matrices(old).items() if has_zeros(weight)]
-    config = {"weight": format_to_config(fmt)} | ({"sparse": sparse} if sparse else {})
+    config: dict[str, Any] = {"weight": format_to_config(fmt)} | ({"sparse": sparse} if sparse else {})
+    if in_integers(old, scheme):
+        config["dynamic"] = True
     layer = build_layer(str(recurrent_kind(old)), config, old)
     assert isinstance(layer, QuantizedRecurrent)
     for key, weight in matrices(old).items():
@@ -50,11 +63,11 @@ def build_recurrent(old: nn.Module, fmt: Format, ranges: Range) -> tuple[Quantiz
     return layer.train(old.training), config
 
 
-def quantize_recurrent(model: nn.Module, formats: Mapping[str, Format], ranges: Range, recorder: Recorder) -> None:
+def quantize_recurrent(model: nn.Module, schemes: Mapping[str, Scheme], ranges: Range, recorder: Recorder) -> None:
     """Put layers with encoded matrices in the place of LSTMs, GRUs and RNNs; every weight goes to its nearest code."""
-    for name, fmt in formats.items():
+    for name, scheme in schemes.items():
         old = model.get_submodule(name)
-        layer, config = build_recurrent(old, fmt, ranges)
+        layer, config = build_recurrent(old, scheme, ranges)
         edit = Swap(name, str(recurrent_kind(old)), config)
         apply(model, [edit])
         model.get_submodule(name).load_state_dict(layer.state_dict())
@@ -71,9 +84,10 @@ def quantize_recurrent(model: nn.Module, formats: Mapping[str, Format], ranges: 
                 kind=type(old).__name__,
                 action="quantized",
                 bits=8 * nbytes / sum(weight.numel() for weight in matrices(old).values()),
-                format=format_title(fmt),
+                format=format_title(scheme.weight)
+                + (", inputs and states uint8 as they come" if layer.dynamic else ""),
                 error=error / max(signal, 1e-30),
-                reason=STORED,
+                reason=DYNAMIC if layer.dynamic else STORED_LSTM if can_be_dynamic(old) else STORED,
             )
         )
 

@@ -202,6 +202,4 @@ def _round_recurrent(moments: LayerMoments, name: str, solver: RoundingSolver, r
 
 def format_of(layer: nn.Module) -> Format | None:
     """The format of a quantized layer's weight, or of a recurrent one's matrices."""
-    if isinstance(layer, QuantizedRecurrent):
-        layer = next(iter(layer.encoded.values()))
-    return layer.weight_format if isinstance(layer, QuantizedLayer) else None
+    return layer.weight_format if isinstance(layer, (QuantizedLayer, QuantizedRecurrent)) else None

@@ -69,6 +69,20 @@ def test_recurrent_layers_are_encoded_saved_and_loaded(
     assert 0 < off < 0.2
 
 
+def test_inputs_that_are_rounded_as_they_come_are_an_lstm_s_alone(tmp_path: Path) -> None:
+    step, x = gc.Quantize(gc.formats.W8A8Dynamic), frames(9, 1)[0]
+    for kind, dynamic in ((nn.LSTM, True), (nn.GRU, False)):
+        result = gc.compress(net(kind), step, gc.Data())  # needs no data
+        (row,) = [row for row in result.report.steps[0].layers if row.name == "rnn"]
+        assert result.model.rnn.dynamic == dynamic == ("as they come" in str(row.format))
+        assert ("weights only" in str(row.reason)) != dynamic
+        result.save(tmp_path / kind.__name__)
+        with torch.no_grad():
+            assert torch.equal(gc.load(tmp_path / kind.__name__, net(kind))(x), result.model(x))
+    grouped = gc.Scheme("grouped", Int(8, PerGroup(8)), step.scheme.input)  # type: ignore[union-attr]
+    assert not gc.compress(net(nn.LSTM), gc.Quantize(grouped), gc.Data()).model.rnn.dynamic
+
+
 @pytest.mark.parametrize("target", [gc.OnnxRuntime(), gc.OpenVINO()], ids=lambda target: target.name)
 def test_runtimes_get_the_decoded_weights(target: gc.targets.Target, tmp_path: Path) -> None:
     pytest.importorskip(target.name)
