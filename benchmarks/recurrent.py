@@ -4,6 +4,7 @@
     python -m benchmarks.recurrent FOLDER --time-only                            time again what the folder holds
     python -m benchmarks.recurrent FOLDER --criteria                             compare criteria before distillation
     python -m benchmarks.recurrent FOLDER --bits                                 weights in 2 to 4 bits, two roundings
+    python -m benchmarks.recurrent FOLDER --net lstm --integers                  the LSTM in 8 bits, exported, timed
 
 The folder keeps trained weights, exported files and figures; a net trained there once is not trained again. Spoken
 digits by six speakers, classified by two layers of 256 units. Criteria are compared on recordings of the validation
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 import gracile as gc
 from benchmarks.spoken_digits import SpokenDigits, augmented_loader, spoken_digits
-from gracile.environment import instruction_set
+from gracile.environment import has_int8_dot_product, instruction_set
 from gracile.evaluate.latency import measure_latency
 from gracile.evaluate.parity import measure_parity
 from gracile.steps import AdamW
@@ -106,6 +107,21 @@ def compress(model: SpokenDigits, parts: dict[str, Part], args: argparse.Namespa
         "accuracy": {
             stage: {name: round(accuracy(net, parts[name]), 2) for name in ("test", "further_test")}
             for stage, net in stages.items()
+        },
+    }
+
+
+def in_integers(
+    model: SpokenDigits, parts: dict[str, Part], args: argparse.Namespace
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The net in 8 bits, inputs and states rounded as they come, and accuracies before and after."""
+    scheme = gc.formats.W8A8Dynamic if has_int8_dot_product() else gc.formats.W7A8Dynamic
+    small = gc.compress(model, gc.Quantize(scheme), gc.Data(), seed=args.seed).model
+    return small, {
+        "scheme": scheme.name,
+        "accuracy": {
+            stage: {name: round(accuracy(net, parts[name]), 2) for name in ("test", "further_test")}
+            for stage, net in (("dense", model), ("small", small))
         },
     }
 
@@ -198,18 +214,19 @@ def main() -> None:
     stages.add_argument("--time-only", action="store_true", help="time the exported files of an earlier run")
     stages.add_argument("--criteria", action="store_true", help="compare criteria on the validation part")
     stages.add_argument("--bits", action="store_true", help="compare roundings of weights in few bits")
+    stages.add_argument("--integers", action="store_true", help="8 bits, rounded as they come, in place of the cut")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     parts = spoken_digits()
     for net in args.net or NETS:
-        stem = f"{net}-{args.seed}"
+        stem = f"{net}-{args.seed}" + ("-integers" if args.integers else "")
         figures = args.folder / f"{stem}.json"
         if not args.time_only:
             model = trained(net, parts["train"], args.folder, args.seed, args.train_epochs)
             if args.criteria or args.bits:
                 (compare_criteria if args.criteria else compare_roundings)(model, net, parts, args)
                 continue
-            small, row = compress(model, parts, args)
+            small, row = (in_integers if args.integers else compress)(model, parts, args)
             row["parity"] = export({"dense": model, "small": small}, args.folder, stem, parts["test"])
             figures.write_text(json.dumps({"net": net, "seed": args.seed} | row), encoding="utf-8")
         row = json.loads(figures.read_text(encoding="utf-8"))

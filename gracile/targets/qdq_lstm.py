@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from gracile.targets.qdq import Rewriter, array_of
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+logger = logging.getLogger(__name__)
+
 #: Of ONNX Runtime's own operators.
 DOMAIN = "com.microsoft"
 #: PyTorch's gates (input, forget, cell, output) in ONNX's order (input, output, forget, cell).
@@ -28,12 +31,36 @@ def write_lstms(model: ir.Model, layers: Iterable[QuantizedRecurrent]) -> None:
     layers: those whose decoded weights the graph's LSTMs hold, by which these are recognised.
     """
     depths = [depth for layer in layers if layer.dynamic for depth in _depths(layer)]
+    if not depths:
+        return
     rewriter = Rewriter(model.graph)
+    _fold_weights(model, rewriter)
+    written: set[int] = set()
     for node in rewriter.nodes("LSTM"):
-        found = next((depth for depth in depths if depth.is_in(node)), None)
+        found = next((i for i, depth in enumerate(depths) if depth.is_in(node)), None)
         if found is not None:
-            _write(rewriter, node, found)
-            model.opset_imports[DOMAIN] = 1
+            _write(rewriter, node, depths[found])
+            written.add(found)
+    if written:
+        model.opset_imports[DOMAIN] = 1
+    if len(written) < len(depths):
+        left = len(depths) - len(written)
+        logger.warning("%d of %d depths of LSTMs are not in the file in integers.", left, len(depths))
+
+
+def _fold_weights(model: ir.Model, rewriter: Rewriter) -> None:
+    """Weights of LSTMs as constants; the exporter leaves the order of their gates to the file where they are large."""
+    from onnxscript.optimizer import fold_constants
+
+    behind: set[ir.Node] = set()
+    ahead = [value for node in rewriter.nodes("LSTM") for value in node.inputs[1:3]]
+    while ahead:
+        value = ahead.pop()
+        node = value.producer() if value is not None else None
+        if node is not None and node not in behind:
+            behind.add(node)
+            ahead += node.inputs
+    fold_constants(model, should_fold=lambda node: node in behind)
 
 
 @dataclass(frozen=True)

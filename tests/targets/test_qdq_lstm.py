@@ -24,7 +24,7 @@ class Speech(nn.Module):
 
     def __init__(self, kind: type[nn.RNNBase] = nn.LSTM, **settings: Any) -> None:
         super().__init__()
-        self.rnn = kind(6, 8, batch_first=True, **settings)  # type: ignore[call-arg]
+        self.rnn = kind(6, batch_first=True, **({"hidden_size": 8} | settings))  # type: ignore[call-arg]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y, states = self.rnn(x)
@@ -39,6 +39,7 @@ SETTINGS: list[dict[str, Any]] = [
     {},
     {"num_layers": 2, "bidirectional": True},
     {"bias": False},
+    {"hidden_size": 64},  # the exporter leaves the order of larger weights' gates to the file
 ]
 
 
