@@ -16,13 +16,14 @@ from gracile.data import Batch, Data, labels_of, logits_of
 from gracile.environment import has_int8_dot_product
 from gracile.equalize import SmoothQuant
 from gracile.errors import DataError
-from gracile.formats import W7A8, W8A8, Scheme
+from gracile.formats import W7A8, W8A8, Scheme, W7A8Dynamic, W8A8Dynamic
 from gracile.goal import Bytes, Goal, Latency, MACs, Parameters
 from gracile.graph import Trace
 from gracile.losses import MeanSquaredError, SoftLabels
+from gracile.nn import can_be_dynamic, quantized_kind, recurrent_kind
 from gracile.patterns import Channels, Heads
 from gracile.ranges import MinMax
-from gracile.recipe import Recipe, Step
+from gracile.recipe import Recipe, Step, only
 from gracile.report.model import Measurement
 from gracile.report.plain import plain
 from gracile.solvers import LeastSquares
@@ -85,8 +86,27 @@ def recipe_for(
     if steps and data.train is not None and goal.epochs:
         steps.append(Distill(losses=losses_for(model, data), epochs=goal.epochs, mixed_precision=mixed_precision))
     if form.scheme is not None:
-        steps.append(quantize_step(form.scheme, traced))
+        steps += quantize_steps(form, traced, model)
     return Recipe(*steps) if steps else None
+
+
+def quantize_steps(form: Form, traced: Trace, model: nn.Module, *, for_timing: bool = False) -> list[Step]:
+    """Integers for all layers: where the target has LSTMs of integers, those round inputs and states as they come.
+
+    for_timing: as fast to make as can be, uncorrected.
+    """
+    assert form.scheme is not None
+    kinds = {name: m for name, m in model.named_modules() if recurrent_kind(m) or quantized_kind(m)}
+    integer = form.target.capabilities.integer_lstms
+    lstms = [name for name, module in kinds.items() if name and integer and can_be_dynamic(module)]
+    steps: list[Step] = []
+    if lstms:
+        dynamic = W7A8Dynamic if form.scheme == W7A8 else W8A8Dynamic
+        steps.append(only(lstms, Quantize(dynamic, correct=False)))
+    if len(kinds) > len(lstms):
+        step = replace(quantize_step(form.scheme, traced), exclude=tuple(f"{name}.*" for name in lstms))
+        steps.append(replace(step, ranges=MinMax(), correct=False) if for_timing else step)
+    return steps
 
 
 def quantize_step(scheme: Scheme, traced: Trace) -> Quantize:

@@ -29,10 +29,9 @@ from gracile.planner import (
     goal_data,
     mixed_precision_pays,
     prune_steps,
-    quantize_step,
+    quantize_steps,
     recipe_for,
 )
-from gracile.ranges import MinMax
 from gracile.recipe import Recipe
 from gracile.report.model import Candidate, StepRecord
 from gracile.result import Result
@@ -220,8 +219,8 @@ class Search:
         """A quantized copy, uncorrected: for timing only."""
         assert form.scheme is not None
         net = copy.deepcopy(base)
-        step = replace(quantize_step(form.scheme, self.traced), ranges=MinMax(), correct=False)
-        step(net, self.context(net))
+        for step in quantize_steps(form, self.traced, net, for_timing=True):
+            step(net, self.context(net))
         return net
 
     def context(self, net: nn.Module) -> Context:

@@ -14,6 +14,7 @@ import gracile as gc
 from gracile.graph import trace
 from gracile.planner import (
     WIDTH_MULTIPLE,
+    Form,
     broken_limits,
     forms,
     goal_data,
@@ -21,6 +22,7 @@ from gracile.planner import (
     mixed_precision_pays,
     prune_steps,
     quantize_step,
+    quantize_steps,
     recipe_for,
 )
 from gracile.report.model import Measurement
@@ -100,6 +102,33 @@ def test_a_recipe_prunes_distils_and_quantizes_in_this_order() -> None:
     assert whole.steps[1].epochs == 2 and whole.steps[1].mixed_precision
     without = recipe_for(0.25, integers, graph, model, data, replace(goal, epochs=0), False)
     assert without is not None and [type(step) for step in without.steps] == [gc.Prune, gc.Quantize]
+
+
+def test_lstms_are_of_integers_where_the_target_has_such() -> None:
+    class Net(nn.Module):
+        def __init__(self, kind: type[nn.RNNBase] = nn.LSTM) -> None:
+            super().__init__()
+            self.rnn, self.head = kind(5, 16, batch_first=True), nn.Linear(16, 3)  # type: ignore[call-arg]
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.head(self.rnn(x)[0].mean(1))
+            return y
+
+    x, model = torch.randn(4, 7, 5), Net().eval()
+    data, graph = gc.Data(calibration=[x]), traced(model, 2, 7, 5)
+    found = quantize_steps(Form(gc.OnnxRuntime(), gc.W8A8), graph, model)
+    dynamic = gc.Quantize(gc.formats.W8A8Dynamic, correct=False)
+    assert found == [gc.only(["rnn"], dynamic), gc.Quantize(gc.W8A8, exclude=("rnn.*",))]
+    small = gc.compress(model, gc.Recipe(*found), data)
+    assert small.model.rnn.dynamic and small.model.head.input_format == gc.W8A8.input
+    rows = [row.name for step in small.report.steps for row in step.layers if row.action == "skipped"]
+    assert rows == []
+    assert quantize_steps(Form(gc.OpenVINO(), gc.W8A8), graph, model) == [gc.Quantize(gc.W8A8)]
+    assert quantize_steps(Form(gc.OnnxRuntime(), gc.W8A8), graph, Net(nn.GRU)) == [gc.Quantize(gc.W8A8)]
+    timed = quantize_steps(Form(gc.OnnxRuntime(), gc.formats.W7A8), graph, model, for_timing=True)
+    assert timed[0] == gc.only(["rnn"], gc.Quantize(gc.formats.W7A8Dynamic, correct=False))
+    alone = nn.Sequential(nn.LSTM(5, 16))
+    assert len(quantize_steps(Form(gc.OnnxRuntime(), gc.W8A8), graph, alone)) == 1
 
 
 @pytest.mark.parametrize(
