@@ -188,4 +188,6 @@ def test_exported_with_parity(kind: str, fmt: Any, target: gc.targets.Target, tm
     if max(weights, default=0) == 8 and not has_int8_dot_product():
         pytest.skip("kernels of this processor add two products in 16 bits, which 8-bit weights overflow")
     tolerance = 2 / (2 ** min([bits, *reads]) - 1) if reads else 1e-3
+    if any(getattr(m, "dynamic", False) for m in result.model.modules()) and not target.capabilities.integer_lstms:
+        tolerance *= 4  # the file's inputs and states are not rounded, at twelve steps, as the export's notes say
     assert float((found - expected).abs().max()) <= tolerance * float(expected.abs().max())
