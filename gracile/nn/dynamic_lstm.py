@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+from gracile.nn.sequences import padded, reverse
 
 #: The largest code of inputs and states, which are unsigned.
 QMAX = 255
@@ -37,7 +39,7 @@ def run_dynamic_lstm(layer: nn.LSTM, input: Tensor | PackedSequence, hx: Sequenc
     Scales are for the whole batch, so that an example's outputs depend a little on the others. layer: without
     projections. input, hx: padded, packed or single sequences, with states or without, as `nn.LSTM` takes them.
     """
-    x, lengths = _padded(layer, input)
+    x, lengths = padded(layer, input)
     depths = layer.num_layers * (1 + layer.bidirectional)
     single = isinstance(input, Tensor) and input.ndim == 2
     shape = (depths, x.shape[1], layer.hidden_size)
@@ -51,10 +53,10 @@ def run_dynamic_lstm(layer: nn.LSTM, input: Tensor | PackedSequence, hx: Sequenc
     for depth in range(layer.num_layers):
         outputs = []
         for end in ("", "_reverse") if layer.bidirectional else ("",):
-            sequence = _reversed(x, lengths) if end else x
+            sequence = reverse(x, lengths) if end else x
             begun = (start[0][len(ends)], start[1][len(ends)])
             output, last = _run(layer, f"l{depth}{end}", sequence, begun, lengths)
-            outputs.append(_reversed(output, lengths) if end else output)
+            outputs.append(reverse(output, lengths) if end else output)
             ends.append(last)
         x = torch.cat(outputs, -1)
         if layer.dropout and layer.training and depth < layer.num_layers - 1:
@@ -88,14 +90,6 @@ def _run(
     return torch.stack(outputs), (h, c)
 
 
-def _padded(layer: nn.LSTM, input: Tensor | PackedSequence) -> tuple[Tensor, Tensor | None]:
-    """Sequences [steps, batch, inputs], and their lengths [batch] where these differ."""
-    if isinstance(input, PackedSequence):
-        x, lengths = pad_packed_sequence(input)
-        return x, lengths.to(x.device)
-    return input.unsqueeze(1) if input.ndim == 2 else input.transpose(0, 1) if layer.batch_first else input, None
-
-
 def _packed(y: Tensor, lengths: Tensor | None, like: PackedSequence) -> PackedSequence:
     """Padded outputs, packed in the order of the packed inputs."""
     assert lengths is not None
@@ -103,12 +97,3 @@ def _packed(y: Tensor, lengths: Tensor | None, like: PackedSequence) -> PackedSe
         y, lengths = y.index_select(1, like.sorted_indices), lengths.index_select(0, like.sorted_indices)
     data = pack_padded_sequence(y, lengths.cpu()).data
     return PackedSequence(data, like.batch_sizes, like.sorted_indices, like.unsorted_indices)
-
-
-def _reversed(x: Tensor, lengths: Tensor | None) -> Tensor:
-    """Every sequence from its last step to its first, its padding left where it is."""
-    if lengths is None:
-        return x.flip(0)
-    steps = torch.arange(len(x), device=x.device)[:, None]
-    order = torch.where(steps < lengths, lengths - 1 - steps, steps)
-    return x.gather(0, order[..., None].expand_as(x))

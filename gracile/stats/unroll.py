@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+from gracile.nn.sequences import padded, reverse
 
 _SINGLE: dict[str, Any] = {"LSTM": nn.LSTM, "GRU": nn.GRU}
 
@@ -44,29 +45,27 @@ def unroll(layer: nn.RNNBase, args: Sequence[Any], kwargs: Mapping[str, Any], su
         for direction, end in enumerate(("", "_reverse") if layer.bidirectional else ("",)):
             own = f"l{depth}{end}"
             place = depth * (1 + layer.bidirectional) + direction
-            sequence = _reversed(x, lengths) if end else x
+            sequence = reverse(x, lengths) if end else x
             start = None if first is None else tuple(state[place : place + 1] for state in first)
             output, begun = _run(layer, own, sequence, start)
             if own == suffix:
                 before = torch.cat([begun, output[:-1]])
+                if lengths is None:
+                    return Steps(sequence.flatten(0, 1), before.flatten(0, 1))
                 valid = torch.arange(len(sequence), device=x.device)[:, None] < lengths
                 return Steps(sequence[valid], before[valid])
-            outputs.append(_reversed(output, lengths) if end else output)
+            outputs.append(reverse(output, lengths) if end else output)
         x = torch.cat(outputs, -1)
     raise ValueError(f"The layer has no weights of suffix '{suffix}', only {', '.join(suffixes(layer))}.")
 
 
-def _call(layer: nn.RNNBase, input: Any, hx: Any = None) -> tuple[Tensor, Tensor, tuple[Tensor, ...] | None]:
-    """Sequences [steps, batch, inputs], their lengths [batch], and the states they start with, [depths, batch, ·]."""
-    if isinstance(input, PackedSequence):
-        x, lengths = pad_packed_sequence(input)
-    else:
-        x = input.unsqueeze(1) if input.ndim == 2 else input.transpose(0, 1) if layer.batch_first else input
-        lengths = torch.full((x.shape[1],), len(x))
+def _call(layer: nn.RNNBase, input: Any, hx: Any = None) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...] | None]:
+    """Sequences and their lengths (`padded`), and the states they start with, [depths, batch, ·]."""
+    x, lengths = padded(layer, input)
     states = None if hx is None else (hx,) if isinstance(hx, Tensor) else tuple(hx)
     if states is not None and states[0].ndim == 2:
         states = tuple(state.unsqueeze(1) for state in states)
-    return x, lengths.to(x.device), states
+    return x, lengths, states
 
 
 def _run(layer: nn.RNNBase, suffix: str, x: Tensor, start: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor]:
@@ -86,10 +85,3 @@ def _run(layer: nn.RNNBase, suffix: str, x: Tensor, start: tuple[Tensor, ...] | 
     state = None if start is None else start if layer.mode == "LSTM" else start[0]
     output, _ = single(x, state)
     return output, x.new_zeros(1, x.shape[1], output.shape[-1]) if start is None else start[0]
-
-
-def _reversed(x: Tensor, lengths: Tensor) -> Tensor:
-    """Every sequence from its last step to its first, its padding left where it is."""
-    steps = torch.arange(len(x), device=x.device)[:, None]
-    order = torch.where(steps < lengths, lengths - 1 - steps, steps)
-    return x.gather(0, order[..., None].expand_as(x))
