@@ -55,7 +55,7 @@ def run_dynamic_lstm(layer: nn.LSTM, input: Tensor | PackedSequence, hx: Sequenc
         for end in ("", "_reverse") if layer.bidirectional else ("",):
             sequence = reverse(x, lengths) if end else x
             begun = (start[0][len(ends)], start[1][len(ends)])
-            output, last = _run(layer, f"l{depth}{end}", sequence, begun, lengths)
+            output, last = run_depth(layer, f"l{depth}{end}", sequence, begun, lengths)
             outputs.append(reverse(output, lengths) if end else output)
             ends.append(last)
         x = torch.cat(outputs, -1)
@@ -69,10 +69,14 @@ def run_dynamic_lstm(layer: nn.LSTM, input: Tensor | PackedSequence, hx: Sequenc
     return x.transpose(0, 1) if layer.batch_first else x, states
 
 
-def _run(
+def run_depth(
     layer: nn.LSTM, suffix: str, x: Tensor, state: tuple[Tensor, Tensor], lengths: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Outputs [steps, batch, hidden] of one depth and direction, and its last states [batch, hidden]."""
+    """Outputs [steps, batch, hidden] of one depth and direction, and its last states [batch, hidden].
+
+    x: [steps, batch, ·], in the order of the direction. state: [batch, hidden] each. lengths: [batch], or None where all
+    are as long.
+    """
     inner, recurrent = (getattr(layer, f"weight_{part}_{suffix}").to(x.dtype) for part in ("ih", "hh"))
     bias = sum(getattr(layer, f"bias_{part}_{suffix}") for part in ("ih", "hh")) if layer.bias else None
     given = F.linear(on_dynamic_grid(x), inner, bias)

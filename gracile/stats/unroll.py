@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gracile.nn.dynamic_lstm import on_dynamic_grid, run_depth
 from gracile.nn.sequences import padded, reverse
 
 _SINGLE: dict[str, Any] = {"LSTM": nn.LSTM, "GRU": nn.GRU}
@@ -18,7 +19,8 @@ _SINGLE: dict[str, Any] = {"LSTM": nn.LSTM, "GRU": nn.GRU}
 class Steps:
     """Rows that one depth and direction reads at all steps of all sequences, each in the same order.
 
-    inputs: x_t, [n, inputs]. states: h_{t−1}, [n, hidden], in LSTMs with projections [n, projected].
+    inputs: x_t, [n, inputs]. states: h_{t−1}, [n, hidden], in LSTMs with projections [n, projected]. Of dynamic LSTMs
+    as their grids leave them.
     """
 
     inputs: Tensor
@@ -50,6 +52,8 @@ def unroll(layer: nn.RNNBase, args: Sequence[Any], kwargs: Mapping[str, Any], su
             output, begun = _run(layer, own, sequence, start)
             if own == suffix:
                 before = torch.cat([begun, output[:-1]])
+                if getattr(layer, "dynamic", False):
+                    sequence, before = on_dynamic_grid(sequence), torch.stack([on_dynamic_grid(h) for h in before])
                 if lengths is None:
                     return Steps(sequence.flatten(0, 1), before.flatten(0, 1))
                 valid = torch.arange(len(sequence), device=x.device)[:, None] < lengths
@@ -70,6 +74,11 @@ def _call(layer: nn.RNNBase, input: Any, hx: Any = None) -> tuple[Tensor, Tensor
 
 def _run(layer: nn.RNNBase, suffix: str, x: Tensor, start: tuple[Tensor, ...] | None) -> tuple[Tensor, Tensor]:
     """Outputs [steps, batch, ·] of one depth and direction, and its state [1, batch, ·] before the first step."""
+    if getattr(layer, "dynamic", False):
+        assert isinstance(layer, nn.LSTM)
+        zeros = x.new_zeros(x.shape[1], layer.hidden_size)
+        state = (zeros, zeros) if start is None else (start[0][0], start[1][0])
+        return run_depth(layer, suffix, x, state, None)[0], state[0][None]
     settings: dict[str, Any] = {"bias": layer.bias, "proj_size": layer.proj_size}
     if layer.mode.startswith("RNN"):
         kind, settings = nn.RNN, {"bias": layer.bias, "nonlinearity": layer.mode.split("_")[1].lower()}

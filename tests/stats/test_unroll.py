@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from gracile.formats import Int, format_to_config
+from gracile.nn import build_layer
+from gracile.nn.dynamic_lstm import on_dynamic_grid
 from gracile.stats.unroll import suffixes, unroll
 
 KINDS: list[tuple[type[nn.RNNBase], dict[str, Any]]] = [
@@ -100,3 +103,22 @@ def test_states_of_a_layer_with_projections_are_projected() -> None:
 def test_weights_that_are_not_there() -> None:
     with pytest.raises(ValueError, match="only l0"):
         unroll(build(nn.GRU, {}), (torch.randn(2, 1, 3, dtype=torch.float64),), {}, "l1")
+
+
+@torch.no_grad()
+def test_of_dynamic_lstms_what_their_grids_leave() -> None:
+    torch.manual_seed(0)
+    old = nn.LSTM(3, 4, bidirectional=True).eval()
+    layer: Any = build_layer("QuantizedLSTM", {"weight": format_to_config(Int(8)), "dynamic": True}, old).eval()
+    for name, encoded in layer.encoded.items():
+        encoded.set_weight(Int(8).encode(getattr(old, name)))
+    x, starts = torch.randn(5, 2, 3), (torch.randn(2, 2, 4), torch.randn(2, 2, 4))
+    given = layer(x, starts)[0]  # [steps, batch, both directions]
+    for suffix, outputs, sequence, place in (
+        ("l0", given[..., :4], x, 0),
+        ("l0_reverse", given[..., 4:].flip(0), x.flip(0), 1),
+    ):
+        steps = unroll(layer, (x, starts), {}, suffix)
+        torch.testing.assert_close(steps.inputs, on_dynamic_grid(sequence).flatten(0, 1))
+        before = [starts[0][place], *outputs[:-1]]
+        torch.testing.assert_close(steps.states, torch.cat([on_dynamic_grid(h) for h in before]))
