@@ -74,8 +74,8 @@ def run_depth(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Outputs [steps, batch, hidden] of one depth and direction, and its last states [batch, hidden].
 
-    x: [steps, batch, ·], in the order of the direction. state: [batch, hidden] each. lengths: [batch], or None where all
-    are as long.
+    x: [steps, batch, ·], in the order of the direction. state: [batch, hidden] each. lengths: [batch], None where all are
+    as long.
     """
     inner, recurrent = (getattr(layer, f"weight_{part}_{suffix}").to(x.dtype) for part in ("ih", "hh"))
     bias = sum(getattr(layer, f"bias_{part}_{suffix}") for part in ("ih", "hh")) if layer.bias else None

@@ -77,8 +77,8 @@ def _run(layer: nn.RNNBase, suffix: str, x: Tensor, start: tuple[Tensor, ...] | 
     if getattr(layer, "dynamic", False):
         assert isinstance(layer, nn.LSTM)
         zeros = x.new_zeros(x.shape[1], layer.hidden_size)
-        state = (zeros, zeros) if start is None else (start[0][0], start[1][0])
-        return run_depth(layer, suffix, x, state, None)[0], state[0][None]
+        first = (zeros, zeros) if start is None else (start[0][0], start[1][0])
+        return run_depth(layer, suffix, x, first, None)[0], first[0][None]
     settings: dict[str, Any] = {"bias": layer.bias, "proj_size": layer.proj_size}
     if layer.mode.startswith("RNN"):
         kind, settings = nn.RNN, {"bias": layer.bias, "nonlinearity": layer.mode.split("_")[1].lower()}
