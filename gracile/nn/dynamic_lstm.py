@@ -74,7 +74,7 @@ def run_depth(
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Outputs [steps, batch, hidden] of one depth and direction, and its last states [batch, hidden].
 
-    x: [steps, batch, ·], in the order of the direction. state: [batch, hidden] each. lengths: [batch], None where all are
+    x: [steps, batch, ·], in the direction's order. state: [batch, hidden] each. lengths: [batch], None where all are
     as long.
     """
     inner, recurrent = (getattr(layer, f"weight_{part}_{suffix}").to(x.dtype) for part in ("ih", "hh"))
