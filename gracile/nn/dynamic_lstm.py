@@ -22,6 +22,8 @@ def on_dynamic_grid(x: Tensor) -> Tensor:
     One scale for the whole tensor, as ONNX's DynamicQuantizeLinear defines it; rounding half to even. x: any shape and
     float dtype, computed in float32. Zeros stay zeros. The gradient passes straight through.
     """
+    if not x.numel():
+        return x
     with torch.no_grad():
         y = x.float()
         low, high = y.amin().clamp(max=0), y.amax().clamp(min=0)

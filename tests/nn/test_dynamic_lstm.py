@@ -133,6 +133,11 @@ def test_gradients_pass_straight_through() -> None:
     assert not torch.equal(y, x) and torch.equal(on_dynamic_grid(torch.zeros(3)), torch.zeros(3))
 
 
+@torch.no_grad()
+def test_a_batch_of_no_examples_gives_none() -> None:
+    assert build({})(torch.zeros(7, 0, 5))[0].shape == (7, 0, 6)
+
+
 def test_it_trains_and_stays_what_it_trained_to_be() -> None:
     layer, x = build(SETTINGS[3]).train(), torch.randn(4, 7, 5)
     begin_training(layer)
