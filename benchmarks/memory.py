@@ -16,21 +16,16 @@ from torch.utils._pytree import tree_leaves
 from gracile.stats.sums import read_call
 
 
-def resident_bytes() -> int:
-    """What this process holds now."""
-    return _status("VmRSS")
-
-
 def peak_bytes() -> int:
     """The most that it has held since `restart_peak`."""
     return _status("VmHWM")
 
 
 def restart_peak() -> int:
-    """Let the peak start from here; what is held now."""
+    """Let the peak start from here; what this process holds now."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
-    return resident_bytes()
+    return _status("VmRSS")
 
 
 def _status(field: str) -> int:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,16 @@ Part = tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, part: Part) -> float:
+def accuracy(model: Callable[[Tensor], Tensor], part: Part) -> float:
     """Per cent of the clips whose largest logit is the label's."""
     frames, labels = part
     logits = torch.cat([model(batch) for batch in frames.split(100)])
     return 100 * (logits.argmax(1) == labels).double().mean().item()
+
+
+def accuracies(model: Callable[[Tensor], Tensor], parts: dict[str, Part]) -> dict[str, float]:
+    """Of both test parts."""
+    return {name: round(accuracy(model, parts[name]), 2) for name in ("test", "further_test")}
 
 
 def train(model: nn.Module, part: Part, epochs: int) -> None:
@@ -104,10 +110,7 @@ def compress(model: SpokenDigits, parts: dict[str, Part], args: argparse.Namespa
         "hidden": [net.rnn.hidden_size for net in (model, small)],  # type: ignore[union-attr]
         "parameters": [sum(p.numel() for p in net.parameters()) for net in (model, small)],
         "test_examples": {name: len(parts[name][1]) for name in ("test", "further_test")},
-        "accuracy": {
-            stage: {name: round(accuracy(net, parts[name]), 2) for name in ("test", "further_test")}
-            for stage, net in stages.items()
-        },
+        "accuracy": {stage: accuracies(net, parts) for stage, net in stages.items()},
     }
 
 
@@ -119,10 +122,7 @@ def in_integers(
     small = gc.compress(model, gc.Quantize(scheme), gc.Data(), seed=args.seed).model
     return small, {
         "scheme": scheme.name,
-        "accuracy": {
-            stage: {name: round(accuracy(net, parts[name]), 2) for name in ("test", "further_test")}
-            for stage, net in (("dense", model), ("small", small))
-        },
+        "accuracy": {"dense": accuracies(model, parts), "small": accuracies(small, parts)},
     }
 
 
@@ -135,13 +135,6 @@ def by_onnxruntime(folder: Path, stem: str) -> None:
     quant_pre_process(str(dense), str(prepared), skip_symbolic_shape=True)
     settings = {"per_channel": True, "weight_type": QuantType.QInt8}
     quantize_dynamic(str(prepared), str(folder / f"{stem}-peer.onnx"), **settings)
-
-
-def accuracy_of_file(path: Path, part: Part) -> float:
-    """Per cent of the clips that a file's model names right in ONNX Runtime."""
-    run = gc.OnnxRuntime(threads=1).load(path)
-    logits = torch.cat([run(batch) for batch in part[0].split(100)])
-    return 100 * (logits.argmax(1) == part[1]).double().mean().item()
 
 
 def export(models: dict[str, nn.Module], folder: Path, stem: str, part: Part) -> dict[str, float]:
@@ -249,8 +242,7 @@ def main() -> None:
             if args.integers:
                 by_onnxruntime(args.folder, stem)
                 peer = args.folder / f"{stem}-peer.onnx"
-                both = ("test", "further_test")
-                row["accuracy"]["peer"] = {name: round(accuracy_of_file(peer, parts[name]), 2) for name in both}
+                row["accuracy"]["peer"] = accuracies(gc.OnnxRuntime(threads=1).load(peer), parts)
             figures.write_text(json.dumps({"net": net, "seed": args.seed} | row), encoding="utf-8")
         row = json.loads(figures.read_text(encoding="utf-8"))
         print(json.dumps(row | timed(args.folder, stem, parts["test"][0], args.seconds)), flush=True)

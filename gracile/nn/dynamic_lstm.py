@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from gracile.nn.sequences import padded, reverse
+from gracile.nn.sequences import directions, padded, reverse
 
 #: The largest code of inputs and states, which are unsigned.
 QMAX = 255
@@ -54,7 +54,7 @@ def run_dynamic_lstm(layer: nn.LSTM, input: Tensor | PackedSequence, hx: Sequenc
     ends: list[tuple[Tensor, Tensor]] = []
     for depth in range(layer.num_layers):
         outputs = []
-        for end in ("", "_reverse") if layer.bidirectional else ("",):
+        for end in directions(layer):
             sequence = reverse(x, lengths) if end else x
             begun = (start[0][len(ends)], start[1][len(ends)])
             output, last = run_depth(layer, f"l{depth}{end}", sequence, begun, lengths)

@@ -7,6 +7,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 
+def directions(layer: nn.RNNBase) -> tuple[str, ...]:
+    """What the names of a depth's weights end in, for each direction."""
+    return ("", "_reverse") if layer.bidirectional else ("",)
+
+
 def padded(layer: nn.RNNBase, input: Tensor | PackedSequence) -> tuple[Tensor, Tensor | None]:
     """Sequences [steps, batch, inputs], and their lengths [batch] where they were packed; None: all are as long."""
     if isinstance(input, PackedSequence):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gracile.nn.dynamic_lstm import on_dynamic_grid, run_depth
-from gracile.nn.sequences import padded, reverse
+from gracile.nn.sequences import directions, padded, reverse
 
 _SINGLE: dict[str, Any] = {"LSTM": nn.LSTM, "GRU": nn.GRU}
 
@@ -29,8 +29,7 @@ class Steps:
 
 def suffixes(layer: nn.RNNBase) -> list[str]:
     """Endings of the names of a layer's weights, in the order in which they are read: l0, l0_reverse, l1, ..."""
-    ends = ("", "_reverse") if layer.bidirectional else ("",)
-    return [f"l{depth}{end}" for depth in range(layer.num_layers) for end in ends]
+    return [f"l{depth}{end}" for depth in range(layer.num_layers) for end in directions(layer)]
 
 
 @torch.no_grad()
@@ -44,7 +43,7 @@ def unroll(layer: nn.RNNBase, args: Sequence[Any], kwargs: Mapping[str, Any], su
     x, lengths, first = _call(layer, *args, **kwargs)
     for depth in range(layer.num_layers):
         outputs = []
-        for direction, end in enumerate(("", "_reverse") if layer.bidirectional else ("",)):
+        for direction, end in enumerate(directions(layer)):
             own = f"l{depth}{end}"
             place = depth * (1 + layer.bidirectional) + direction
             sequence = reverse(x, lengths) if end else x

@@ -87,16 +87,20 @@ class Rewriter:
         return sliced
 
     def replace(self, old: ir.Value, new: ir.Value) -> None:
-        """Every reader of `old`, and the graph's outputs, read `new`; the node that made `old` goes."""
+        """`redirect`, and the node that made `old` goes."""
         node = old.producer()
         assert node is not None
+        self.redirect(old, new)
+        self.graph.remove(node, safe=True)
+
+    def redirect(self, old: ir.Value, new: ir.Value) -> None:
+        """Every reader of `old`, and the graph's outputs, read `new`."""
         for user, index in list(old.uses()):
             if user is not new.producer():
                 user.replace_input_with(index, new)
         for index, output in enumerate(self.graph.outputs):
             if output is old:
                 self.graph.outputs[index] = new
-        self.graph.remove(node, safe=True)
 
     def fresh(self, name: str) -> str:
         """A name that no other value has."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from gracile.formats import Int
 from gracile.nn import EncodedWeight, QuantizedRecurrent
+from gracile.nn.sequences import directions
 from gracile.targets.qdq import Rewriter, array_of
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class _Depth:
 
 
 def _depths(layer: QuantizedRecurrent) -> Iterator[_Depth]:
-    ends = ("", "_reverse") if layer.bidirectional else ("",)
+    ends = directions(layer)
     for depth in range(layer.num_layers):
         parts = [[layer.encoded[f"weight_{part}_l{depth}{end}"] for end in ends] for part in ("ih", "hh")]
         yield _Depth(*(_matrix(matrices) for matrices in parts))  # type: ignore[arg-type]
@@ -133,9 +134,5 @@ def _write(rewriter: Rewriter, node: ir.Node, depth: _Depth) -> None:
     rewriter.graph.insert_before(node, new)
     for old, value in zip(node.outputs, new.outputs, strict=True):
         value.shape, value.type, value.name = old.shape, old.type, rewriter.fresh(old.name or stem)
-        for user, index in list(old.uses()):
-            user.replace_input_with(index, value)
-        for index, output in enumerate(rewriter.graph.outputs):
-            if output is old:
-                rewriter.graph.outputs[index] = value
+        rewriter.redirect(old, value)
     rewriter.graph.remove(node, safe=True)
