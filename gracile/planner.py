@@ -104,7 +104,7 @@ def quantize_steps(form: Form, traced: Trace, model: nn.Module, *, for_timing: b
         dynamic = W7A8Dynamic if form.scheme == W7A8 else W8A8Dynamic
         steps.append(only(lstms, Quantize(dynamic, correct=False)))
     if len(kinds) > len(lstms):
-        step = replace(quantize_step(form.scheme, traced), exclude=tuple(f"{name}.*" for name in lstms))
+        step = replace(quantize_step(form.scheme, traced), exclude=tuple(lstms))
         steps.append(replace(step, ranges=MinMax(), correct=False) if for_timing else step)
     return steps
 

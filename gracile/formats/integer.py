@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gracile.errors import ConfigError, DataError
-from gracile.formats.base import Format, Granularity, PerChannel, PerToken
+from gracile.formats.base import Format, Granularity, PerChannel, PerTensor, PerToken
 from gracile.formats.granularity import from_rows, scale_shape, to_rows
 from gracile.formats.packing import pack_bits, packed_bytes, unpack_bits
 
@@ -56,6 +56,11 @@ class Int(Format):
     def qmax(self) -> int:
         """The highest code."""
         return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
+
+    @property
+    def scaled_by_output(self) -> bool:
+        """Whether a sum of products with codes has one factor: no zero point, and a scale per output or per tensor."""
+        return self.symmetric and self.granularity in (PER_OUTPUT_CHANNEL, PerTensor())
 
     def scale_shape(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
         """Shape of "scale": [] per tensor, [size of axis] per channel, [rows, groups] per group."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from gracile.formats import Int, PerChannel, PerTensor
+from gracile.formats import Int
 from gracile.nn.ops import format_from_json
 from gracile.targets.qdq import Rewriter, tensor_of
 from gracile.targets.qdq_weights import gemm_to_matmul
@@ -102,7 +102,7 @@ def _integers(value: ir.Value | None) -> tuple[torch.Tensor, torch.Tensor] | Non
     if transpose is None or transpose.op_type != "Transpose" or decode is None or decode.op_type != "Decode":
         return None
     fmt = format_from_json(decode.attributes["format"].as_string())
-    if not (isinstance(fmt, Int) and fmt.symmetric and fmt.granularity in (PerChannel(0), PerTensor())):
+    if not (isinstance(fmt, Int) and fmt.scaled_by_output):
         return None
     names = decode.attributes["names"].as_string().split(",")
     tensors = {name: tensor_of(each) for name, each in zip(names, decode.inputs) if each is not None}

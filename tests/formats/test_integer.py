@@ -140,3 +140,15 @@ def test_integers_are_no_weights() -> None:
     with pytest.raises(ConfigError, match="PerTensor"):
         Int(8, 128)  # type: ignore[arg-type]
     assert Int().granularity == PerChannel(0)
+
+
+def test_one_factor_behind_a_sum_of_products() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 8, dtype=torch.float64), torch.randn(3, 8)
+    for granularity in (PerTensor(), PerChannel(0), PerChannel(1), PerGroup(4)):
+        fmt = Int(8, granularity)
+        encoded = fmt.encode(weight)
+        sums = x @ fmt.unpack(encoded["codes"], (3, 8)).double().T
+        factors = x @ fmt.decode(encoded).double().T / sums
+        assert fmt.scaled_by_output == bool((factors.std(0) < 1e-6 * factors.mean(0).abs()).all())
+    assert not Int(8, symmetric=False).scaled_by_output

@@ -14,7 +14,14 @@ from gracile.errors import ConfigError, DataError, NothingChangedError
 from gracile.formats import Format, Int, Levels, MidRise, PerChannel, Scheme, format_title, format_to_config, is_dynamic
 from gracile.graph import Trace
 from gracile.layer_stats import LayerStats
-from gracile.nn import QuantizedLayer, quantize_layer, quantized_kind, recurrent_kind
+from gracile.nn import (
+    EncodedWeight,
+    QuantizedLayer,
+    QuantizedRecurrent,
+    quantize_layer,
+    quantized_kind,
+    recurrent_kind,
+)
 from gracile.ranges.base import Range
 from gracile.recipe import Recorder
 from gracile.report.model import LayerRow
@@ -43,7 +50,10 @@ def quantizable(
     weighted = [
         (name, m)
         for name, m in model.named_modules()
-        if isinstance(m, QuantizedLayer) or any(p.ndim >= 2 for p in m.parameters(recurse=False))
+        if not isinstance(m, EncodedWeight)
+        and (
+            isinstance(m, (QuantizedLayer, QuantizedRecurrent)) or any(p.ndim >= 2 for p in m.parameters(recurse=False))
+        )
     ]
     Select(exclude=exclude).check([name for name, _ in weighted])
     tied = {name: group for group in tied_groups(model, "weight") for name in group}
@@ -53,7 +63,7 @@ def quantizable(
         if not select.matches(name):
             continue
         apart = why_apart(model, name, tied[name], selected) if name in tied else None
-        if isinstance(module, QuantizedLayer):
+        if isinstance(module, (QuantizedLayer, QuantizedRecurrent)):
             recorder.skip(name, type(module).__name__, "quantized already")
         elif name and recurrent_kind(module) is not None:
             recurrent.append(name)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gracile.errors import ConfigError, DataError
-from gracile.formats import Format, Int, PerChannel, PerTensor, Scheme, format_title, format_to_config, is_dynamic
+from gracile.formats import Format, Int, Scheme, format_title, format_to_config, is_dynamic
 from gracile.nn import QuantizedRecurrent, build_layer, can_be_dynamic, recurrent_kind
 from gracile.ranges.base import Range
 from gracile.recipe import Recorder
@@ -44,8 +44,7 @@ def in_integers(layer: nn.Module, scheme: Scheme) -> bool:
     """Whether a kernel with integer products takes the layer in this scheme: an LSTM whose inputs are rounded as they
     come."""
     fmt = scheme.weight
-    rows = isinstance(fmt, Int) and fmt.symmetric and fmt.granularity in (PerChannel(0), PerTensor())
-    return rows and is_dynamic(scheme.input) and can_be_dynamic(layer)
+    return isinstance(fmt, Int) and fmt.scaled_by_output and is_dynamic(scheme.input) and can_be_dynamic(layer)
 
 
 def build_recurrent(old: nn.Module, scheme: Scheme, ranges: Range) -> tuple[QuantizedRecurrent, dict[str, Any]]:
