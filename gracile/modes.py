@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -25,25 +25,43 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def channels_last(*models: nn.Module) -> Iterator[None]:
+def channels_last(model: nn.Module, run: Callable[[nn.Module], Any]) -> Iterator[None]:
     """Lay the kernels of two-dimensional convolutions out channels-last, in which they compute faster; then as before.
 
     On CPUs only, where that holds whatever the precision. Values are the same; sums round in another order.
+    run: a forward, tried first in both modes. A model that fails in it keeps its layout: one that takes a `view` of
+    what a convolution gives counts on the usual order of values in memory.
     """
     kernels = [
         (parameter, parameter.data)
-        for model in models
         for parameter in model.parameters()
         if parameter.ndim == 4 and parameter.device.type == "cpu" and parameter.is_contiguous()
     ]
     for parameter, data in kernels:
         parameter.data = data.contiguous(memory_format=torch.channels_last)
     try:
+        if kernels and not _runs(model, run):
+            _lay_out_as_before(kernels)
         yield
     finally:
-        for parameter, data in kernels:
-            same = torch.equal(parameter.data, data)
-            parameter.data = data if same else parameter.data.contiguous()
+        _lay_out_as_before(kernels)
+
+
+def _runs(model: nn.Module, run: Callable[[nn.Module], Any]) -> bool:
+    """Whether a forward succeeds in both modes; it leaves no trace in the model or in torch's random state."""
+    try:
+        with unchanged(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            run(model)
+            run(model.train())
+    except Exception:  # whatever the reason: training as before meets it again if it is another one
+        return False
+    return True
+
+
+def _lay_out_as_before(kernels: list[tuple[nn.Parameter, Tensor]]) -> None:
+    for parameter, data in kernels:
+        same = torch.equal(parameter.data, data)
+        parameter.data = data if same else parameter.data.contiguous()
 
 
 @contextmanager
@@ -60,7 +78,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         for value in module.__dict__.values()
         if type(value) in (list, dict, set)
     ]
-    contents = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_meta]
+    contents = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]
     model.eval()
     try:
         yield
@@ -72,8 +90,8 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             container.clear()
             container.extend(kept) if isinstance(container, list) else container.update(kept)  # type: ignore[union-attr]
         with torch.no_grad():
-            for buffer, version, value in contents:
-                if buffer._version != version:
+            for buffer, value in contents:
+                if not torch.equal(buffer, value):  # batch norms write without counting a version up
                     buffer.copy_(value)
 
 

@@ -41,7 +41,7 @@ def test_kernels_are_channels_last_within_and_as_before_after() -> None:
     expected = model(x)
     kernels = [model[0].weight, model[1].weight]
     before = [kernel.data_ptr() for kernel in kernels]
-    with channels_last(model):
+    with channels_last(model, lambda net: net(x)):
         assert [kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels] == [True, True]
         assert not kernels[0].is_contiguous()
         torch.testing.assert_close(model(x), expected)
@@ -49,3 +49,24 @@ def test_kernels_are_channels_last_within_and_as_before_after() -> None:
             kernels[1].mul_(2)  # trained
     assert all(kernel.is_contiguous() for kernel in kernels) and model[0].weight is kernels[0]
     assert kernels[0].data_ptr() == before[0], "what was not written into is where it was, shared or not"
+
+
+@pytest.mark.parametrize("training_only", [False, True])
+def test_a_model_that_takes_a_view_keeps_its_layout(training_only: bool) -> None:
+    class LeNet(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.fc = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(128, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.norm(self.conv(x))
+            x = x.flatten(1) if training_only and not self.training else x.view(len(x), -1)
+            return torch.dropout(self.fc(x), 0.5, self.training)
+
+    model, x = LeNet().eval(), torch.randn(2, 3, 6, 6)
+    state, random = {name: tensor.clone() for name, tensor in model.state_dict().items()}, torch.get_rng_state()
+    with channels_last(model, lambda net: net(x)):
+        assert model.conv.weight.is_contiguous() and not model.training
+        model(x)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
+    assert torch.equal(torch.get_rng_state(), random)

@@ -134,7 +134,7 @@ class Distill(Step):
             for states in hidden.values():
                 stack.enter_context(states.watched(model, teacher))
             stack.enter_context(eval_mode(teacher))
-            stack.enter_context(channels_last(teacher))
+            stack.enter_context(channels_last(teacher, lambda net: data.forward(net, batch)))
             train(model, objective, split, schedule, context, recorder)
         recorder.layers += _rows(model, trained=recorder.numbers["best_epoch"] > 0)
         return recorder.record()

@@ -102,7 +102,9 @@ def _fit(
         p.requires_grad_(True)
     state = _State(model, schedule.optimizer.build(_groups(model, trained)), context.directory)
     state.resume()
-    with channels_last(model):
+    with torch.random.fork_rng(devices=[]):  # a shuffling loader draws from it
+        batch = next(iter(split.train))
+    with channels_last(model, lambda net: objective(net, batch)):
         _epochs(model, objective, split, schedule, context, state, zeros)
     best = state.restore_best()
     zeros.restore()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import nets
 import numpy as np
 import pytest
 import torch
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from gracile.compress import compress
 from gracile.context import Context, Progress
 from gracile.data import Data
 from gracile.errors import DataError
 from gracile.formats import Int, PerChannel, PerTensor
 from gracile.losses import cross_entropy
 from gracile.nn import begin_training, end_training
-from gracile.recipe import Recorder
+from gracile.recipe import Recipe, Recorder
 from gracile.steps import SGD, AdamW, Distill, Finetune, Quantize
 from gracile.steps.training.train import Schedule, _groups, train
 from gracile.steps.training.training_data import Split, split_training
@@ -359,3 +361,13 @@ def test_bfloat16_is_used_where_the_processor_has_it(monkeypatch: pytest.MonkeyP
     watch.remove()
     assert (torch.bfloat16 in seen) == native
     assert any("only emulates bfloat16" in note for note in record.notes) != native
+
+
+@pytest.mark.parametrize("recipe", [(Distill(epochs=1),), (Finetune(epochs=1),), (Quantize(Int(4)), Distill(epochs=1))])
+def test_nets_that_take_a_view_of_a_convolution_can_be_trained(recipe: tuple[Any, ...]) -> None:
+    model = nets.ZOO["Literals"]()
+    x = torch.randn(16, *nets.example_for(model).shape[1:])
+    data = Data(train=[(part, torch.arange(4)) for part in x.split(4)], loss=cross_entropy, calibration=[x])
+    result = compress(model, Recipe(*recipe), data)
+    assert result.report.steps[-1].numbers["best_epoch"] >= 0
+    assert result.model.conv.weight.is_contiguous() and result.model(x).shape == (16, 4)
