@@ -30,7 +30,8 @@ class Distill(Step):
 
     losses: distillation losses (student, teacher) -> scalar, summed: SoftLabels(temperature), HardLabels(), ... of the
         outputs, and Hint(layers) of what layers give, the mean over these.
-    epochs: passes over `data.train`. The best one on held-out training data is kept.
+    epochs: passes over `data.train`. Kept is the best one on held-out training data, or the last if that is as good but
+        for noise (`Epochs`).
     mixup: share of the training examples, in [0, 1], that are mixed with another of their batch (`mix_examples`), for
         student and teacher alike. For inputs of real numbers, and without labels. Helps where the teacher knows its
         training data by heart: between them its answers say more. Source: Beyer et al. 2022, arXiv:2106.05237.

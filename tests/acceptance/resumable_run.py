@@ -35,7 +35,7 @@ from gracile.files import sha256_json
 from gracile.nn import QuantizedLayer
 from gracile.run_directory import RunDirectory
 from gracile.steps import SGD
-from gracile.steps.training import train
+from gracile.steps.training.epochs import Epochs
 from gracile.surgery import edit_to_json
 from gracile.targets.base import Capabilities, Runner, Target
 
@@ -125,7 +125,7 @@ def log_durable_acts(log: Path) -> None:
         with log.open("a") as file:
             file.write(json.dumps(words) + "\n")
 
-    finish_step, decide, finish_epoch = RunDirectory.finish_step, RunDirectory.decide, train._State.finish_epoch
+    finish_step, decide, finish_epoch = RunDirectory.finish_step, RunDirectory.decide, Epochs.finish_epoch
 
     def finishing(self: RunDirectory, index: int, *args: Any) -> None:
         finish_step(self, index, *args)
@@ -135,14 +135,14 @@ def log_durable_acts(log: Path) -> None:
         decide(self, name, value)
         tell("decision", str(self.path), name)
 
-    def training(self: Any, loss: float) -> None:
-        finish_epoch(self, loss)
+    def training(self: Any, losses: Tensor) -> None:
+        finish_epoch(self, losses)
         if len(self.history) > 1:  # the start, epoch 0, is judged and not kept
             tell("epoch", str(self.directory), len(self.history) - 1)
 
     RunDirectory.finish_step = finishing  # type: ignore[method-assign,assignment]
     RunDirectory.decide = deciding  # type: ignore[method-assign]
-    train._State.finish_epoch = training  # type: ignore[method-assign]
+    Epochs.finish_epoch = training  # type: ignore[method-assign]
 
 
 def die_at(count: int) -> None:

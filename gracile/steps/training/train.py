@@ -1,28 +1,24 @@
-"""The training loop of Distill and Finetune: zeros and grids are kept, the best epoch is returned, epochs resume."""
+"""The training loop of Distill and Finetune: zeros and grids are kept, the best epoch is returned."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from gracile.context import Context, derive_seed
 from gracile.data import Batch, batch_size, device_of
 from gracile.environment import has_bfloat16, instruction_set
 from gracile.errors import DataError
-from gracile.files import write_bytes
 from gracile.modes import channels_last
 from gracile.nn import QuantizedLayer, begin_training, end_training, freeze_batch_norms, keep_sizes
 from gracile.recipe import Recorder
 from gracile.steps.optimizers import SGD, AdamW
+from gracile.steps.training.epochs import Epochs
 from gracile.steps.training.recentre import recentre_batch_norms
 from gracile.steps.training.training_data import Split
 
@@ -66,7 +62,7 @@ class Schedule:
 def train(
     model: nn.Module, objective: Objective, split: Split, schedule: Schedule, context: Context, recorder: Recorder
 ) -> None:
-    """Train in place and leave the model with the weights of the epoch that was best on the held-out part.
+    """Train in place and leave the model with the weights of the epoch that was best on the held-out part (`Epochs`).
 
     Weights that are exactly zero in a layer with zeros stay zero; quantized layers stay on grids whose scales are
     learned. The start counts as epoch 0: training that only harms is undone. With `context.directory`, every epoch is
@@ -100,7 +96,7 @@ def _fit(
     trained = [p for p in floating if p.requires_grad] or floating  # a model frozen altogether is trained altogether
     for p in trained:
         p.requires_grad_(True)
-    state = _State(model, schedule.optimizer.build(_groups(model, trained)), context.directory)
+    state = Epochs(model, schedule.optimizer.build(_groups(model, trained)), context.directory)
     state.resume()
     with torch.random.fork_rng(devices=[]):  # a shuffling loader draws from it
         batch = next(iter(split.train))
@@ -117,7 +113,7 @@ def _epochs(
     split: Split,
     schedule: Schedule,
     context: Context,
-    state: _State,
+    state: Epochs,
     zeros: _Zeros,
 ) -> None:
     if not state.history:
@@ -178,22 +174,17 @@ def _step(model: nn.Module, objective: Objective, batch: Batch, optimizer: torch
     return float(loss.detach())
 
 
-def _validate(model: nn.Module, objective: Objective, batches: Iterable[Batch]) -> float:
-    """Mean objective over the held-out examples; NaN where it is not finite, so that this epoch never wins.
-
-    Infinity where there are no such examples, so that the last epoch does.
-    """
+def _validate(model: nn.Module, objective: Objective, batches: Iterable[Batch]) -> Tensor:
+    """The objective on the held-out batches, [batches] float64, weighted so that their mean is that of all examples."""
     model.eval()
-    total, count = 0.0, 0
+    losses, counts = [], []
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # random augmentation of held-out examples is the same for every epoch
         for batch in batches:
-            n = batch_size(batch)
-            total += float(objective(model, batch)) * n
-            count += n
-    if not count:
-        return math.inf
-    return total / count if math.isfinite(total) else math.nan
+            losses.append(float(objective(model, batch)))
+            counts.append(batch_size(batch))
+    sizes = torch.tensor(counts, dtype=torch.float64)
+    return torch.tensor(losses, dtype=torch.float64) * sizes / sizes.mean()
 
 
 class _Zeros:
@@ -226,60 +217,3 @@ class _Zeros:
         with torch.no_grad():
             for parameter, mask in self.pairs:
                 parameter.mul_(mask)
-
-
-class _State:
-    """What an epoch leaves behind: the model, the optimizer, the best weights so far, the held-out losses."""
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, directory: Path | None) -> None:
-        self.model, self.optimizer, self.directory = model, optimizer, directory
-        self.history: list[float] = []
-        self.best: dict[str, Tensor] = {}
-
-    def finish_epoch(self, loss: float) -> None:
-        if not self.history or math.isinf(loss) or loss < _lowest(self.history):
-            self.best = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
-        self.history.append(loss)
-        if self.directory is not None and len(self.history) > 1:
-            tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
-            tensors |= {f"best.{k}": v for k, v in self.best.items()}
-            for index, values in self.optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in values.items() if v is not None}
-            content = to_bytes(
-                {k: v.detach().clone().contiguous() for k, v in tensors.items()},
-                metadata={"history": json.dumps([None if math.isinf(x) else x for x in self.history])},
-            )
-            write_bytes(self.directory / "epochs.safetensors", content)
-
-    def resume(self) -> None:
-        path = self.directory / "epochs.safetensors" if self.directory is not None else None
-        if path is None or not path.is_file():
-            return
-        from safetensors import safe_open
-
-        with safe_open(path, framework="pt") as file:
-            self.history = [math.inf if x is None else x for x in json.loads(file.metadata()["history"])]
-        parts: dict[str, dict[str, Any]] = {"model": {}, "best": {}, "optimizer": {}}
-        for name, tensor in load_file(path).items():
-            part, _, rest = name.partition(".")
-            parts[part][rest] = tensor
-        self.model.load_state_dict(parts["model"])
-        self.best = parts["best"]
-        state: dict[int, dict[str, Any]] = {}
-        for name, tensor in parts["optimizer"].items():
-            index, _, key = name.partition(".")
-            state.setdefault(int(index), {})[key] = tensor
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-
-    def restore_best(self) -> int:
-        """Put the best weights into the model and return their epoch."""
-        self.model.load_state_dict(self.best)
-        if math.isinf(self.history[-1]):
-            return len(self.history) - 1
-        lowest = _lowest(self.history)
-        return self.history.index(lowest) if lowest < math.inf else 0
-
-
-def _lowest(losses: list[float]) -> float:
-    """The lowest that is a number; infinity where none is."""
-    return min((x for x in losses if not math.isnan(x)), default=math.inf)
