@@ -7,9 +7,9 @@ stories260k, all linear layers of its blocks on asymmetric grids; the tied embed
 of --length tokens of the training stories. Perplexity on the test stories in windows of 512; share = (nearest by
 min-max − found) / (nearest by min-max − float). "published GPTQ" is the algorithm of arXiv:2210.17323 with its
 clipping of the grid and activation order, on the same moments. --epochs tunes codes, scales, norms and biases of each
-variant but the first end to end afterwards, by soft labels of the float model on the training stories. HQQ is what its
-own optimizer does at its defaults, with zero points in float32 (`pip install --no-deps --no-build-isolation hqq
-termcolor`).
+variant but the first end to end afterwards, by soft labels of the float model on the training stories and, to the share
+--label-weight, by the stories' own next tokens. HQQ is what its own optimizer does at its defaults, with zero points in
+float32 (`pip install --no-deps --no-build-isolation hqq termcolor`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import json
 import time
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.data import DataLoader
 
 import gracile as gc
@@ -80,6 +81,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens in a window of calibration and training")
     parser.add_argument("--epochs", type=int, default=0)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--label-weight", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     model = stories()
@@ -87,7 +89,7 @@ def main() -> None:
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(args.seed))[: args.windows]
     batch = 4096 // args.length
     loader = DataLoader(list(pool), batch_size=batch, shuffle=True)
-    data = gc.Data(calibration=list(pool[order].split(batch)), train=loader)
+    data = gc.Data(calibration=list(pool[order].split(batch)), train=loader, loss=next_token_loss)
     whole = perplexity(model)
     print(json.dumps({"float": whole}), flush=True)
     for case in args.cases:
@@ -109,11 +111,18 @@ def main() -> None:
             print(json.dumps(row | {"notes": notes}), flush=True)
 
 
+def next_token_loss(outputs: Tensor, ids: Tensor) -> Tensor:
+    """Cross-entropy of each token but the first. outputs: [windows · tokens, vocabulary]; ids: [windows, tokens]."""
+    logits = outputs.view(*ids.shape, -1)[:, :-1]
+    return functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
 def distillation(args: argparse.Namespace) -> gc.Distill:
-    """By soft labels alone."""
+    """By soft labels and, where the user wants it, the tokens themselves."""
     return gc.Distill(
         losses=(gc.SoftLabels(temperature=1.0),),
         epochs=args.epochs,
+        label_weight=args.label_weight,
         optimizer=gc.steps.AdamW(args.learning_rate, weight_decay=0.0),
     )
 
