@@ -3,8 +3,8 @@
     python -m benchmarks.attention_products [--seconds 10] [--seed 0]
 
 Scaled dot products alone, with no layer around them, so that what integers gain or cost is not hidden by the rest of
-a block. Scales per tensor, measured on the data: no kernel takes others for both factors. One thread, files of each
-runtime, all of one shape timed in one run.
+a block. Scales are per tensor, as kernels take them for two inputs, and wide enough for normal values. One thread,
+files of each runtime, all of one shape timed in one run.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from functools import partial
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -59,7 +60,7 @@ def main() -> None:
         batch = tuple(torch.randn(shape) for _ in "qkv")
         calls: dict[str, Any] = {}
         with TemporaryDirectory() as place:
-            for (name, target), integers in ((pair, kind) for pair in targets.items() for kind in (False, True)):
+            for (name, target), integers in product(targets.items(), (False, True)):
                 path = Path(place) / f"{len(calls)}{target.suffix}"
                 runner = target.load(target.export(Attention(integers).eval(), batch, path))
                 calls[f"{name}, {'integers' if integers else 'float32'}"] = partial(runner, batch)

@@ -20,12 +20,11 @@ import json
 import time
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 from torch.utils.data import DataLoader
 
 import gracile as gc
-from benchmarks.stories import perplexity, stories, windows
+from benchmarks.stories import next_token_loss, perplexity, stories, windows
 from gracile.formats import PerChannel, PerGroup
 
 CASES = {
@@ -109,12 +108,6 @@ def main() -> None:
             worst = found if worst is None else worst
             row["share"] = round((worst - found) / (worst - whole), 3)
             print(json.dumps(row | {"notes": notes}), flush=True)
-
-
-def next_token_loss(outputs: Tensor, ids: Tensor) -> Tensor:
-    """Cross-entropy of each token but the first. outputs: [windows · tokens, vocabulary]; ids: [windows, tokens]."""
-    logits = outputs.view(*ids.shape, -1)[:, :-1]
-    return functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
 def distillation(args: argparse.Namespace) -> gc.Distill:

@@ -82,10 +82,15 @@ def perplexity(model: nn.Module, split: str = "test") -> float:
     """exp of the mean negative log likelihood of all tokens but the first of each window of 512."""
     total, count = 0.0, 0
     for ids in windows(split, 512).split(16):
-        logits = model(ids).view(*ids.shape, -1)[:, :-1]
-        total += float(functional.cross_entropy(logits.flatten(0, 1).double(), ids[:, 1:].flatten(), reduction="sum"))
+        total += float(next_token_loss(model(ids).double(), ids, reduction="sum"))
         count += ids[:, 1:].numel()
     return math.exp(total / count)
+
+
+def next_token_loss(outputs: Tensor, ids: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross-entropy of each token but the first. outputs: [windows · tokens, vocabulary]; ids: [windows, tokens]."""
+    logits = outputs.view(*ids.shape, -1)[:, :-1]
+    return functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction=reduction)
 
 
 def block_parameters(model: nn.Module) -> int:

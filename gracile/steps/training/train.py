@@ -98,9 +98,7 @@ def _fit(
         p.requires_grad_(True)
     state = Epochs(model, schedule.optimizer.build(_groups(model, trained)), context.directory)
     state.resume()
-    with torch.random.fork_rng(devices=[]):  # a shuffling loader draws from it
-        batch = next(iter(split.train))
-    with channels_last(model, lambda net: objective(net, batch)):
+    with channels_last(model, lambda net: objective(net, next(iter(split.train)))):
         _epochs(model, objective, split, schedule, context, state, zeros)
     best = state.restore_best()
     zeros.restore()
