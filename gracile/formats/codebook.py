@@ -86,8 +86,12 @@ class Codebook(Format):
 
 
 def _nearest(values: Tensor, levels: Tensor) -> Tensor:
-    """Index of the nearest level, halfway to the lower one; of equal levels the first."""
-    return torch.searchsorted(levels, levels[torch.bucketize(values, (levels[1:] + levels[:-1]) / 2)])
+    """Index of the nearest level, halfway to the lower one; of equal levels the first.
+
+    In float64: half of the sum of two denormal levels is no float32, and rounded it sends weights to the farther one.
+    """
+    borders = (levels[1:].double() + levels[:-1].double()) / 2
+    return torch.searchsorted(levels, levels[torch.bucketize(values.double(), borders)])
 
 
 def _with_zero(levels: Tensor) -> Tensor:

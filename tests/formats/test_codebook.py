@@ -60,6 +60,13 @@ def test_given_levels_are_taken_and_the_nearest_is_found() -> None:
             Codebook(2).encode(torch.ones(4), bad)
 
 
+def test_the_nearest_of_denormal_levels_is_found() -> None:
+    smallest = 2.0**-149  # of float32, in which the border between -5 and 0 of it, -2.5, would be rounded to -2
+    levels = smallest * torch.tensor([-5.0, 0.0, 5.0, 10.0])
+    decoded = Codebook(2).decode(Codebook(2).encode(smallest * torch.tensor([-3.0, -2.0, 3.0, 7.0]), levels))
+    assert (decoded.double() / smallest).tolist() == [-5.0, 0.0, 5.0, 5.0]
+
+
 @pytest.mark.parametrize("bits", [0, 9, 2.0, True])
 def test_impossible_bits_are_refused(bits: object) -> None:
     with pytest.raises(ConfigError, match="from 1 to 8"):
