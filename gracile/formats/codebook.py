@@ -1,4 +1,4 @@
-"""Levels learned from the weights themselves: one-dimensional k-means for each tensor."""
+"""Levels learned from the weights themselves: one-dimensional k-means for each tensor, weighted where wanted."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ SWEEPS = 100
 
 @dataclass(frozen=True)
 class Codebook(Format):
-    """x ≈ levels[code], the 2^bits levels of least Σ (x − level)² that k-means finds, one of them 0.
+    """x ≈ levels[code], the 2^bits levels of least Σ h (x − level)² that k-means finds, one of them 0.
 
     Lloyd's algorithm, from levels as dense as the cube root of the weights' density (Panter and Dite 1951). Zero keeps
-    a level, so that pruned weights stay zero.
+    a level, so that pruned weights stay zero. h is 1, or with a solver what an error in the weight's column counts.
 
     bits: 1 to 8. Tensors: "codes" uint8 [ceil(n · bits / 8)] (see `packing`), "levels" float32 [2^bits], ascending,
-    "shape" int64. For storage: runtimes get the decoded weight. Source: Deep Compression, Han et al. 2015
-    (arXiv:1510.00149), which starts from equal steps and has no zero.
+    "shape" int64. For storage: runtimes get the decoded weight. Sources: Deep Compression, Han et al. 2015
+    (arXiv:1510.00149), which starts from equal steps and has no zero; h as in Choi et al. 2017 (arXiv:1612.01543),
+    equation 7.
     """
 
     bits: int = 4
@@ -44,7 +45,7 @@ class Codebook(Format):
         values = weight.detach().float().flatten()
         if values.numel() == 0:
             raise ConfigError(f"A weight of shape {tuple(weight.shape)} holds nothing to encode.")
-        levels = self._learn(values) if levels is None else levels.detach().to(values)
+        levels = self.learn(values) if levels is None else levels.detach().to(values)
         if tuple(levels.shape) != (1 << self.bits,) or bool((levels[1:] < levels[:-1]).any()):
             raise ConfigError(f"Codebook.encode(levels=...): expected {1 << self.bits} numbers, ascending.")
         return {
@@ -63,15 +64,22 @@ class Codebook(Format):
         """Bytes of codes and levels."""
         return packed_bytes(math.prod(shape), self.bits) + 4 * (1 << self.bits)
 
-    def _learn(self, values: Tensor) -> Tensor:
-        """Lloyd's algorithm in float64, on weights divided by the largest, so that no square is out of range."""
-        peak = values.abs().max().double()
+    def learn(self, weight: Tensor, importance: Tensor | None = None) -> Tensor:
+        """The levels, float32 [2^bits], ascending, of weights of any shape.
+
+        importance: h, of the weight's shape or one that broadcasts to it, positive; None: 1. In float64, on weights
+        divided by the largest, so that no square is out of range.
+        """
+        count, peak = 1 << self.bits, weight.abs().max().double()
         if peak == 0:
-            return torch.zeros(1 << self.bits, device=values.device)
-        x = (values.double() / peak).sort().values
-        count = 1 << self.bits
-        # Many levels lie best at the cube root of the density, of which a gap of ordered weights is the inverse.
-        reached = torch.cat([x.new_zeros(1), x.diff().pow(2 / 3).cumsum(0)])
+            return torch.zeros(count, device=weight.device)
+        x, order = (weight.double() / peak).flatten().sort()
+        h = torch.ones_like(x)
+        if importance is not None:
+            h = (importance.double() / importance.max()).expand(weight.shape).flatten()[order]
+        # Many levels lie best at the cube root of h times the density, of which a gap of sorted weights is the inverse.
+        gaps = x.diff().pow(2 / 3) * ((h[1:] + h[:-1]) / 2).pow(1 / 3)
+        reached = torch.cat([x.new_zeros(1), gaps.cumsum(0)])
         wanted = (torch.arange(count, device=x.device) + 0.5) / count * reached[-1]
         levels, codes = _with_zero(x[torch.searchsorted(reached, wanted).clamp(max=len(x) - 1)]), torch.empty(0)
         for _ in range(SWEEPS):
@@ -79,9 +87,9 @@ class Codebook(Format):
             if torch.equal(found, codes):
                 break
             codes = found
-            sums = torch.zeros_like(levels).index_add_(0, codes, x)
-            members = torch.zeros_like(levels).index_add_(0, codes, torch.ones_like(x))
-            levels = _with_zero(torch.where(members > 0, sums / members.clamp_min(1), levels))
+            sums = torch.zeros_like(levels).index_add_(0, codes, h * x)
+            members = torch.zeros_like(levels).index_add_(0, codes, h)
+            levels = _with_zero(torch.where(members > 0, sums / members, levels))
         return (levels * peak).float()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,12 @@ class FP8(Format):
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
             raise ConfigError(f"FP8(kind={self.kind!r}): 'e4m3' or 'e5m2'.")
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """All numbers f that there are, 0 once, in no order."""
+        values = torch.arange(256, dtype=torch.uint8).view(_KINDS[self.kind]).float()
+        return tuple(values[values.isfinite() & ((values != 0) | ~values.signbit())].tolist())
 
     def encode(self, weight: Tensor, scale: Tensor | None = None) -> dict[str, Tensor]:
         """Codes of a weight; NaN and infinities are refused (DataError). scale: None covers the largest weight."""
@@ -68,26 +75,32 @@ class MXFP4(Format):
     """
 
     bits = 4
+    granularity: ClassVar[Granularity] = PerGroup(32)
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """Those of FP4."""
+        return FP4().levels
 
     def encode(self, weight: Tensor, exponent: Tensor | None = None) -> dict[str, Tensor]:
         """Codes of a weight; NaN and infinities are refused (DataError). exponent: None finds it from the weights."""
         check_weight(weight)
         if exponent is None:
-            rows = to_rows(_BLOCK, weight.detach().float())
+            rows = to_rows(self.granularity, weight.detach().float())
             # frexp is exact where a logarithm may round up to the next power: x = m · 2^n, 0.5 ≤ m < 1.
             _, power = torch.frexp(rows.abs().amax(1))
             exponent = (power - 3).clamp(-127, 127).add(127).to(torch.uint8)
-        exponent = exponent.reshape(scale_shape(_BLOCK, tuple(weight.shape)))
-        encoded = FP4(_BLOCK).encode(weight, _powers(exponent))
+        exponent = exponent.reshape(scale_shape(self.granularity, tuple(weight.shape)))
+        encoded = FP4(self.granularity).encode(weight, powers_of_two(exponent))
         return {"codes": encoded["codes"], "exponent": exponent, "shape": encoded["shape"]}
 
     def decode(self, tensors: dict[str, Tensor]) -> Tensor:
         """The weight, float32."""
-        return FP4(_BLOCK).decode({**tensors, "scale": _powers(tensors["exponent"])})
+        return FP4(self.granularity).decode({**tensors, "scale": powers_of_two(tensors["exponent"])})
 
     def size_bytes(self, shape: torch.Size | tuple[int, ...]) -> int:
         """Bytes of codes and exponents."""
-        return packed_bytes(math.prod(shape), 4) + math.prod(scale_shape(_BLOCK, tuple(shape)))
+        return packed_bytes(math.prod(shape), 4) + math.prod(scale_shape(self.granularity, tuple(shape)))
 
 
 @dataclass(frozen=True)
@@ -100,14 +113,20 @@ class NVFP4(Format):
     """
 
     bits = 4
+    granularity: ClassVar[Granularity] = PerGroup(16)
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """Those of FP4."""
+        return FP4().levels
 
     def encode(
         self, weight: Tensor, scale_codes: Tensor | None = None, tensor_scale: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Codes of a weight; NaN and infinities are refused (DataError). None finds the scales from the weights."""
         check_weight(weight)
-        rows = to_rows(_BLOCK_OF_16, weight.detach().float())
-        shape, largest = scale_shape(_BLOCK_OF_16, tuple(weight.shape)), torch.finfo(torch.float8_e4m3fn).max
+        rows = to_rows(self.granularity, weight.detach().float())
+        shape, largest = scale_shape(self.granularity, tuple(weight.shape)), torch.finfo(torch.float8_e4m3fn).max
         if tensor_scale is None:
             tensor_scale = (rows.abs().max() / 6 / largest).clamp(min=SMALLEST_SCALE)
         tensor_scale = tensor_scale.detach().to(weight.device, torch.float32)
@@ -115,7 +134,7 @@ class NVFP4(Format):
             wanted = (rows.abs().amax(1) / 6 / tensor_scale).clamp(SMALLEST_E4M3, largest)
             scale_codes = wanted.to(torch.float8_e4m3fn).view(torch.uint8)
         scale_codes = scale_codes.reshape(shape)
-        encoded = FP4(_BLOCK_OF_16).encode(weight, _of_e4m3(scale_codes, tensor_scale))
+        encoded = FP4(self.granularity).encode(weight, of_e4m3(scale_codes, tensor_scale))
         return {
             "codes": encoded["codes"],
             "scale_codes": scale_codes,
@@ -125,24 +144,23 @@ class NVFP4(Format):
 
     def decode(self, tensors: dict[str, Tensor]) -> Tensor:
         """The weight, float32."""
-        scale = _of_e4m3(tensors["scale_codes"], tensors["tensor_scale"])
-        return FP4(_BLOCK_OF_16).decode({"codes": tensors["codes"], "shape": tensors["shape"], "scale": scale})
+        scale = of_e4m3(tensors["scale_codes"], tensors["tensor_scale"])
+        return FP4(self.granularity).decode({"codes": tensors["codes"], "shape": tensors["shape"], "scale": scale})
 
     def size_bytes(self, shape: torch.Size | tuple[int, ...]) -> int:
         """Bytes of codes and scales."""
-        return packed_bytes(math.prod(shape), 4) + math.prod(scale_shape(_BLOCK_OF_16, tuple(shape))) + 4
+        return packed_bytes(math.prod(shape), 4) + math.prod(scale_shape(self.granularity, tuple(shape))) + 4
 
 
-_BLOCK = PerGroup(32)
-_BLOCK_OF_16 = PerGroup(16)
 #: The smallest positive number of e4m3, a denormal.
 SMALLEST_E4M3 = 2.0**-9
 
 
-def _of_e4m3(codes: Tensor, tensor_scale: Tensor) -> Tensor:
+def of_e4m3(codes: Tensor, tensor_scale: Tensor) -> Tensor:
+    """Scales that the bits of e4m3 numbers, times that of the tensor, stand for; float32, none of them 0."""
     return (codes.view(torch.float8_e4m3fn).float() * tensor_scale).clamp(min=torch.finfo(torch.float32).tiny / 512)
 
 
-def _powers(exponent: Tensor) -> Tensor:
+def powers_of_two(exponent: Tensor) -> Tensor:
     """2^(exponent − 127), float32; the smallest is a denormal, exact as well."""
     return torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent.to(torch.int32) - 127)

@@ -74,7 +74,7 @@ class GPTQ(RoundingSolver):
         order = column_order(problem.metric, group) if self.order == "activation" else None
         sorted_problem, back = _permuted(problem, order), None if order is None else order.argsort(dim=-1)
         best, given = baseline, None
-        for _ in range(self.rounds):
+        for _ in range(1 if grid.shared else self.rounds):  # a scale for all rows is not polished
             state, loss = nearest_plane(sorted_problem, grid, block, self.beam_for(prior), given)
             if back is not None:
                 state = state.in_order(back)
@@ -124,7 +124,7 @@ def _descend(state: Columns, problem: RoundingProblem, grid: Grid, block: int) -
     width, group = target.shape[-2], state.group
     error = state.weight - target
     if grid.group is None and not grid.shared:
-        _rescale(state, 0, metric @ error, metric)
+        _rescale(state, 0, metric @ error, metric, grid)
         error = state.weight - target
     for start in range(0, width, block):
         stop = min(start + block, width)
@@ -135,7 +135,7 @@ def _descend(state: Columns, problem: RoundingProblem, grid: Grid, block: int) -
             if grid.group is not None and j % group == 0:
                 end = min(j + group, width)
                 inner = metric[..., j:end, j:end]
-                change = _rescale(state, place, slope[..., i : end - start, :], inner)
+                change = _rescale(state, place, slope[..., i : end - start, :], inner, grid)
                 shift = state.units[..., j:end, :] * change.unsqueeze(-2)
                 error[..., j:end, :] += shift
                 slope += metric[..., start:stop, j:end] @ shift
@@ -150,8 +150,10 @@ def _descend(state: Columns, problem: RoundingProblem, grid: Grid, block: int) -
             slope.addcmul_(metric[..., start:stop, j].unsqueeze(-1), change.unsqueeze(-2))
 
 
-def _rescale(state: Columns, place: int, slope: Tensor, inner: Tensor) -> Tensor:
+def _rescale(state: Columns, place: int, slope: Tensor, inner: Tensor, grid: Grid) -> Tensor:
     """Set the scales of one group to their best for the codes they have; how much each changed, [..., out].
+
+    The loss is a parabola in each scale: of those that can be stored, the nearest to the best is best.
 
     slope: half the gradient in the group's columns, [..., n, out]. inner: the metric among them.
     """
@@ -160,7 +162,7 @@ def _rescale(state: Columns, place: int, slope: Tensor, inner: Tensor) -> Tensor
     curvature = (units * (inner @ units)).sum(-2)
     scale = state.scale[..., place, :]
     best = scale - (units * slope).sum(-2) / curvature
-    best = torch.where((best > 0) & torch.isfinite(best) & (curvature > 0), best, scale)
+    best = torch.where((best > 0) & torch.isfinite(best) & (curvature > 0), grid.stored(best), scale)
     change = best - scale
     state.scale[..., place, :] = best
     return change

@@ -42,6 +42,10 @@ class Grid(ABC):
     def second(self, weight: Tensor, scale: Tensor, zero: Tensor, unit: Tensor) -> Tensor:
         """The u next nearest on the other side of weight / scale than `unit`; `unit` itself where the grid ends."""
 
+    def stored(self, scale: Tensor) -> Tensor:
+        """The scale nearest to each that can be stored; any can unless a grid says otherwise."""
+        return scale
+
 
 @dataclass(frozen=True)
 class RoundingProblem:

@@ -23,10 +23,9 @@ from gracile.steps.correct import copy_model
 from gracile.steps.pruning.blocks import put_module
 from gracile.steps.pruning.sequence import called_once, targets_of
 from gracile.steps.pruning.tables import at_least, outputs_of, some_batches
-from gracile.steps.quantization.grids import grid_of
 from gracile.steps.quantization.quantize_layers import Encoder
 from gracile.steps.quantization.quantize_recurrent import build_recurrent
-from gracile.steps.quantization.round_layers import format_of, round_one, solvable
+from gracile.steps.quantization.round_layers import round_one, solvable
 
 #: Calibration examples that formats are judged on, none of which a solver sees meanwhile.
 EXAMPLES = 256
@@ -135,9 +134,7 @@ class FormatTrial:
         return self.encoder.build(name, old, scheme, self.encoder.encode(name, old, scheme))[0]
 
     def _round(self, name: str, solver: RoundingSolver) -> None:
-        old, fmt = self._floats[name], format_of(self.model.get_submodule(name))
-        if fmt is None or grid_of(fmt, self.encoder.ranges) is None:
-            return
+        old = self._floats[name]
         weight = None if isinstance(old, nn.RNNBase) else self.encoder.weight(name, old)
         try:
             round_one(self._moments, name, weight, solver, self.encoder.ranges)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from gracile.context import Context
 from gracile.data import Batch
-from gracile.formats import Int, Levels
 from gracile.formats.granularity import from_rows, to_rows
 from gracile.graph import Trace, find_blocks
 from gracile.modes import eval_mode
@@ -68,7 +67,7 @@ def reconstruct_blocks(
     fitted, held_out = split_batches(context.data)
     found = Reconstruction(before=output_error(model, reference, context.data, held_out))
     whole = {name: t.clone() for name, t in model.state_dict().items()}
-    order = [name for name in called_once(reference, traced) if _has_grid(model, name, weights, ranges)]
+    order = [name for name in called_once(reference, traced) if name in weights]
     blocks = _blocks(reference, order, fitted[0], context)
     found.blocks, finished = len(blocks), FinishedParts(context.directory, "reconstructed")
     with eval_mode(model, reference), torch.random.fork_rng(devices=[]):
@@ -141,11 +140,6 @@ def _blocks(reference: nn.Module, order: Sequence[str], batch: Batch, context: C
         inside = next((name for name in residual if layer.startswith(f"{name}.")), layer)
         blocks.setdefault(inside, []).append(layer)
     return blocks
-
-
-def _has_grid(model: nn.Module, name: str, weights: Mapping[str, Tensor], ranges: Range) -> bool:
-    layer = model.get_submodule(name)
-    return name in weights and isinstance(layer, QuantizedLayer) and grid_of(layer.weight_format, ranges) is not None
 
 
 def _error(block: nn.Module, calls: Sequence[Call]) -> float:
@@ -242,21 +236,13 @@ def _training(model: nn.Module, choices: Mapping[str, Choice], drop: float) -> I
 
 def _choice(layer: QuantizedLayer, weight: Tensor, solver: BlockSolver, ranges: Range) -> Choice:
     """The present grid point of every weight, and the next one on the weight's other side."""
-    fmt = layer.weight_format
-    assert isinstance(fmt, (Int, Levels))
-    grid = grid_of(fmt, ranges)
-    assert grid is not None
     encoded = layer.encoded_weight()
-    scale = encoded["scale"].reshape(-1, 1)
+    grid = grid_of(layer.weight_format, ranges, encoded)
+    scale = grid.stored_scale(encoded).reshape(-1, 1)
     zero = encoded["zero_point"].reshape(-1, 1).float() if "zero_point" in encoded else torch.zeros_like(scale)
     here = layer.decoded_weight()
     wanted = weight.detach().to(here)
-    units = (
-        torch.round(to_rows(fmt.granularity, here) / scale)
-        if isinstance(fmt, Int)
-        else (to_rows(fmt.granularity, here) / scale)
-    )
-    other = from_rows(
-        fmt.granularity, grid.second(to_rows(fmt.granularity, wanted), scale, zero, units) * scale, tuple(here.shape)
-    )
+    rows = [to_rows(grid.granularity, t) for t in (wanted, here)]
+    units = grid.units(rows[1], scale, zero)
+    other = from_rows(grid.granularity, grid.second(rows[0], scale, zero, units) * scale, tuple(here.shape))
     return solver.choice(here, torch.where(wanted == 0, here, other), wanted)

@@ -10,10 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from gracile.context import Context
-from gracile.formats import Format
 from gracile.graph import Trace
 from gracile.modes import eval_mode
-from gracile.nn import QuantizedLayer, QuantizedRecurrent
+from gracile.nn import QuantizedLayer
 from gracile.ranges.base import Range
 from gracile.recipe import Recorder
 from gracile.solvers import RoundingSolver
@@ -78,10 +77,6 @@ def round_in_sequence(
     found, recurrent = Rounding(), set(recurrent)
     reasons = solvable(reference, traced, {*weights, *recurrent})
     found.skipped = {name: reason for name, reason in reasons.items() if reason is not None}
-    for name in {*weights, *recurrent}:
-        fmt = format_of(model.get_submodule(name))
-        if fmt is not None and grid_of(fmt, ranges) is None:
-            found.skipped[name] = f"{type(fmt).__name__} has no scale to round by"
     order = [name for name in reasons if name not in found.skipped]
     if not order:
         return found
@@ -154,14 +149,13 @@ def round_layer(
     """
     layer = moments.model.get_submodule(name)
     assert isinstance(layer, QuantizedLayer)
-    grid = grid_of(layer.weight_format, ranges)
-    assert grid is not None
+    grid = grid_of(layer.weight_format, ranges, layer.encoded_weight())
     measured = moments.measure(name)
     prior = weight.detach().double().cpu().flatten(1)
     if measured.gram.ndim == 3:
         prior = prior.unflatten(0, (len(measured.gram), -1))
     solved = solve_rounding(name, prior, measured, moments.centred(name), solver, grid)
-    layer.set_weight(solved.encode(layer))
+    layer.set_weight(solved.encode(layer.weight_shape))
     if moments.centred(name):
         moments.shift(name, solved.shift(layer.decoded_weight().double().cpu()))
     return rounding_of([solved])
@@ -198,8 +192,3 @@ def _round_recurrent(moments: LayerMoments, name: str, solver: RoundingSolver, r
         solver,
         ranges,
     )
-
-
-def format_of(layer: nn.Module) -> Format | None:
-    """The format of a quantized layer's weight, or of a recurrent one's matrices."""
-    return layer.weight_format if isinstance(layer, (QuantizedLayer, QuantizedRecurrent)) else None

@@ -75,12 +75,11 @@ def _round_suffix(now: _Layer, then: _Layer, suffix: str, solver: RoundingSolver
             kept = _some(len(x), ROWS // len(rows), x.device)
             sums.add(x[kept], t[kept])
         encoded: EncodedWeight = now.module.encoded[f"weight_{part}_{suffix}"]
-        grid = grid_of(encoded.weight_format, ranges)
-        assert grid is not None
+        grid = grid_of(encoded.weight_format, ranges, encoded.encoded_weight())
         name, bias = f"weight_{part}_{suffix}", biases[part]
         prior = weights[part].double().cpu()
         solved = solve_rounding(name, prior, sums.moments(), bias is not None, solver, grid)
-        encoded.set_weight(solved.encode(encoded))
+        encoded.set_weight(solved.encode(encoded.weight_shape))
         if bias is not None:
             shift = solved.shift(encoded.decoded_weight().double().cpu())
             with torch.no_grad():

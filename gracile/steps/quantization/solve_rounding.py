@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gracile.errors import DataError
-from gracile.formats import Int, Levels
-from gracile.nn import QuantizedLayer
-from gracile.solvers import Grid, Moments, RoundingSolver
-from gracile.solvers.rounding import Rounded, RoundingProblem, rounding_problem
+from gracile.solvers import Moments, RoundingSolver
+from gracile.solvers.rounding import Rounded, RoundingProblem, better_rows, rounding_problem
+from gracile.steps.quantization.grids import FormatGrid
+
+#: How often a grid that is more than scales is fitted to the codes, and the weight rounded to it again.
+REFITS = 3
 
 
 @dataclass(frozen=True)
@@ -32,25 +33,20 @@ class LayerRounding:
 class Solved:
     """A weight [(groups,) out, d] on its grid.
 
-    prior, moments, asymmetry: what it was solved from. problem, rounded: what the solver was given, and gave.
+    prior, moments, asymmetry: what it was solved from. problem, grid, rounded: what the solver was given, and gave.
     """
 
     prior: Tensor
     moments: Moments
     asymmetry: float
     problem: RoundingProblem
+    grid: FormatGrid
     rounded: Rounded
 
-    def encode(self, layer: QuantizedLayer) -> dict[str, Tensor]:
-        """The tensors of the layer's weight."""
-        fmt, rounded = layer.weight_format, self.rounded
-        assert isinstance(fmt, (Int, Levels))
-        shape = fmt.scale_shape(layer.weight_shape)
-        scale, zero = (t.flatten()[: math.prod(shape)].reshape(shape).float() for t in (rounded.scale, rounded.zero))
-        weight = rounded.weight.reshape(layer.weight_shape).float()
-        if isinstance(fmt, Levels) or fmt.symmetric:
-            return fmt.encode(weight, scale)
-        return fmt.encode(weight, scale, zero.to(torch.int16))
+    def encode(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """The tensors of a layer's weight of this shape."""
+        rounded = self.rounded
+        return self.grid.encode_rows(rounded.weight, rounded.scale, rounded.zero, shape)
 
     def shift(self, decoded: Tensor) -> Tensor:
         """[all outputs] float64, what the bias gains: the mean of the target less that of the decoded weight."""
@@ -70,15 +66,25 @@ def rounding_of(weights: Sequence[Solved]) -> LayerRounding:
 
 
 def solve_rounding(
-    name: str, prior: Tensor, moments: Moments, centred: bool, solver: RoundingSolver, grid: Grid
+    name: str, prior: Tensor, moments: Moments, centred: bool, solver: RoundingSolver, grid: FormatGrid
 ) -> Solved:
     """Round a weight to the grid by what its layer's outputs lose.
 
     name: of the layer, for errors. prior: [(groups,) out, d] float64, the weight as it was. moments: of its inputs and
-    targets. centred: whether a bias takes up the mean. Raises DataError where the solver's weight is not finite.
+    targets. centred: whether a bias takes up the mean. A grid that is more than scales is fitted to the weight first,
+    and then to its codes, in turn with rounding; the loss only falls. Raises DataError where the solver's weight is not
+    finite.
     """
     problem = rounding_problem(prior, moments, centred, solver.damping, solver.asymmetry)
+    grid = grid.fitted(prior, problem)
     rounded = solver(prior, problem, grid)
+    for _ in range(REFITS):
+        refitted = grid.refitted(rounded.weight, problem)
+        if refitted is None:
+            break
+        grid, weight = refitted
+        moved = replace(rounded, weight=weight, loss=problem.loss(weight))
+        rounded = better_rows(solver(prior, problem, grid), moved)
     if not bool(torch.isfinite(rounded.weight).all()):
         raise DataError(f"Layer '{name}' {tuple(prior.shape)}: its rounded weight is not finite.")
-    return Solved(prior, moments, solver.asymmetry, problem, rounded)
+    return Solved(prior, moments, solver.asymmetry, problem, grid, rounded)

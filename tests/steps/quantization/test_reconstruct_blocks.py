@@ -111,6 +111,14 @@ def test_pruned_weights_stay_zero(solver: gc.solvers.BlockSolver) -> None:
     assert not bool(found.get_submodule("blocks.0.first").decoded_weight()[zeros].any())
 
 
+@pytest.mark.parametrize("fmt", [gc.formats.Codebook(2), gc.formats.MXFP4(), gc.formats.FixedPoint(16)], ids=str)
+def test_formats_without_free_scales_have_neighbours_too(fmt: gc.formats.Format) -> None:
+    scheme = gc.Scheme("other", fmt, gc.W8A8.input)
+    original, start, found = net(), rounded(START, scheme=scheme), rounded(QUICK, scheme=scheme)
+    assert error(found.model, original) < error(start.model, original)
+    assert [row for row in found.report.steps[0].layers if row.action == "reconstructed"]
+
+
 def test_what_gains_nothing_is_put_back() -> None:
     """A learning rate too small to change a code: all is as the start left it, scales of inputs too."""
     start = started().model

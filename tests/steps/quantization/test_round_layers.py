@@ -12,12 +12,25 @@ from torch import Tensor, nn
 from gracile.context import Context
 from gracile.data import Data
 from gracile.errors import ConfigError, DataError
-from gracile.formats import FP4, FP8, NF4, W4A4, W4A8, W8A8, Int, PerChannel, PerGroup, PerTensor, Ternary
-from gracile.ranges import MSE
+from gracile.formats import (
+    FP8,
+    MXFP4,
+    NF4,
+    NVFP4,
+    W4A4,
+    W4A8,
+    W8A8,
+    Codebook,
+    FixedPoint,
+    Int,
+    PerChannel,
+    PerGroup,
+    PerTensor,
+    Ternary,
+)
 from gracile.solvers import GPTQ, Grid, Rounded, RoundingProblem, RoundingSolver
 from gracile.stats.match import output_error
 from gracile.steps import Quantize
-from gracile.steps.quantization.grids import IntGrid, LevelGrid
 
 
 class Net(nn.Module):
@@ -70,6 +83,11 @@ SCHEMES = [
     Int(4, PerTensor()),
     NF4(PerGroup(10)),
     Ternary(),
+    FP8(),
+    MXFP4(),
+    NVFP4(),
+    FixedPoint(16),
+    Codebook(3),
 ]
 
 
@@ -146,54 +164,3 @@ def test_a_solver_needs_data_and_has_to_be_one() -> None:
         Quantize(Int(4), solver=GPTQ())(model, Context(Data(), model, model))
     with pytest.raises(ConfigError, match=r"solvers\.GPTQ\(\)"):
         Quantize(Int(4), solver="gptq")  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0), PerGroup(5)], ids=str)
-def test_the_grid_of_a_solver_is_the_grid_of_the_format(granularity: object, symmetric: bool) -> None:
-    fmt = Int(3, granularity, symmetric=symmetric)  # type: ignore[arg-type]
-    grid = IntGrid(fmt, MSE())
-    weight = torch.randn(6, 12, generator=torch.Generator().manual_seed(2))
-    size = grid.group or 12
-    parts, counts = weight.split(size, -1), torch.ones(12).split(size)
-    fitted = [grid.fit(part, count) for part, count in zip(parts, counts)]
-    values = [
-        scale.unsqueeze(-1) * grid.units(part, scale.unsqueeze(-1), zero.unsqueeze(-1))
-        for part, (scale, zero) in zip(parts, fitted)
-    ]
-    assert torch.allclose(torch.cat(values, -1), fmt.decode(fmt.encode(weight, MSE().weight(weight, fmt))), atol=1e-6)
-    scale, zero = fitted[0]
-    unit = grid.units(parts[0][:, 0], scale, zero)
-    other = grid.second(parts[0][:, 0], scale, zero, unit)
-    for i in range(6):
-        levels = torch.arange(fmt.qmin, fmt.qmax + 1) - zero[i]
-        distances = (levels * scale[i] - parts[0][i, 0]).abs()
-        assert float(unit[i]) == float(levels[distances.argmin()])
-        if float(unit[i] * scale[i]) == float(parts[0][i, 0]):  # on the grid: no side is the other one
-            continue
-        beyond = levels[(levels - parts[0][i, 0] / scale[i]).sign() != (unit[i] - parts[0][i, 0] / scale[i]).sign()]
-        assert float(other[i]) == (float(beyond[(beyond - unit[i]).abs().argmin()]) if len(beyond) else float(unit[i]))
-
-
-@pytest.mark.parametrize("fmt", [NF4(PerChannel(0)), FP4(PerTensor()), Ternary()], ids=str)
-def test_a_table_of_levels_is_a_grid_too(fmt: object) -> None:
-    grid = LevelGrid(fmt)  # type: ignore[arg-type]
-    weight = torch.randn(5, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    scale, zero = grid.fit(weight, torch.ones(12, dtype=torch.float64))
-    values = scale.unsqueeze(-1) * grid.units(weight, scale.unsqueeze(-1), zero.unsqueeze(-1))
-    stored = fmt.decode(fmt.encode(weight, scale[0] if grid.shared else scale))  # type: ignore[attr-defined]
-    assert torch.allclose(values.float(), stored, atol=1e-6)
-    levels = torch.tensor(sorted(set(fmt.levels)), dtype=torch.float64)  # type: ignore[attr-defined]
-    unit = grid.units(weight[:, 0], scale, zero)
-    other = grid.second(weight[:, 0], scale, zero, unit)
-    for i in range(5):
-        x = float(weight[i, 0] / scale[i])
-        beyond = [level for level in levels.tolist() if (level > x) != (float(unit[i]) > x)]
-        assert float(other[i]) == (min(beyond, key=lambda level: abs(level - x)) if beyond else float(unit[i]))
-
-
-def test_a_format_without_a_scale_stays_rounded_to_nearest() -> None:
-    model = net()
-    record = Quantize(FP8(), solver=GPTQ())(model, context(model))
-    reasons = {row.reason for row in record.layers if row.action == "quantized"}
-    assert "rounded to nearest: FP8 has no scale to round by" in reasons

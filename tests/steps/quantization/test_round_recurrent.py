@@ -99,11 +99,13 @@ def test_what_was_pruned_stays_zero() -> None:
     assert bool((result.model.rnn.weight_hh_l0[:, ::2] == 0).all())  # type: ignore[union-attr,index]
 
 
-def test_a_format_without_scales_is_rounded_to_nearest_and_says_so() -> None:
+@pytest.mark.parametrize("fmt", [gc.formats.FixedPoint(factor=8), gc.formats.Codebook(2), gc.formats.NVFP4()], ids=str)
+def test_formats_of_every_kind_are_rounded(fmt: gc.formats.Format) -> None:
     torch.manual_seed(0)
-    data = gc.Data(calibration=[sequences(32) for _ in range(4)])
-    result = gc.compress(
-        Tagger(nn.GRU, {}).eval(), gc.Quantize(gc.formats.FixedPoint(factor=64), solver=gc.solvers.GPTQ()), data
-    )
-    (row,) = result.report.steps[-1].layers
-    assert "rounded to nearest: FixedPoint has no scale" in str(row.reason)
+    data, test = gc.Data(calibration=[sequences(32) for _ in range(8)]), sequences(32)
+    model = Tagger(nn.GRU, {}).eval()
+    errors = []
+    for solver in (None, gc.solvers.GPTQ()):
+        result = gc.compress(model, gc.Quantize(fmt, solver=solver), data)
+        errors.append(error(result.model, model, test))
+    assert errors[1] < 0.8 * errors[0]
