@@ -49,7 +49,7 @@ class Codebook(Format):
         if tuple(levels.shape) != (1 << self.bits,) or bool((levels[1:] < levels[:-1]).any()):
             raise ConfigError(f"Codebook.encode(levels=...): expected {1 << self.bits} numbers, ascending.")
         return {
-            "codes": pack_bits(_nearest(values, levels).to(torch.uint8), self.bits),
+            "codes": pack_bits(nearest_code(values, levels).to(torch.uint8), self.bits),
             "levels": levels.clone(),
             "shape": torch.tensor(weight.shape, dtype=torch.int64),
         }
@@ -83,7 +83,7 @@ class Codebook(Format):
         wanted = (torch.arange(count, device=x.device) + 0.5) / count * reached[-1]
         levels, codes = _with_zero(x[torch.searchsorted(reached, wanted).clamp(max=len(x) - 1)]), torch.empty(0)
         for _ in range(SWEEPS):
-            found = _nearest(x, levels)
+            found = nearest_code(x, levels)
             if torch.equal(found, codes):
                 break
             codes = found
@@ -93,7 +93,7 @@ class Codebook(Format):
         return (levels * peak).float()
 
 
-def _nearest(values: Tensor, levels: Tensor) -> Tensor:
+def nearest_code(values: Tensor, levels: Tensor) -> Tensor:
     """Index of the nearest level, halfway to the lower one; of equal levels the first.
 
     In float64: half of the sum of two denormal levels is no float32, and rounded it sends weights to the farther one.

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gracile.formats import Format, Int, Levels
+from gracile.formats import Codebook, Format, Int, Levels
+from gracile.formats.codebook import nearest_code
 from gracile.formats.granularity import from_rows, to_rows
 
 #: One in so many examples of a batch tells the gradient of an activation's scale, at that share of the cost.
@@ -38,6 +39,22 @@ class _WeightOnGrid(torch.autograd.Function):
         # A weight beyond the range may come back: descent then moves it towards zero, which both ends lie around.
         passed = gradient * (inside | (gradient * weight > 0))
         return _laid_out_as(weight, passed), slope.reshape(scale.shape) / scale, None, None
+
+
+class _WeightOnLevels(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, levels: Tensor) -> Tensor:
+        codes = nearest_code(weight.float(), levels)
+        ctx.save_for_backward(codes)
+        ctx.count = len(levels)
+        return _laid_out_as(weight, levels[codes].to(weight.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        (codes,) = ctx.saved_tensors
+        gradient = gradients[0].float()
+        slope = gradient.new_zeros(ctx.count).index_add_(0, codes.flatten(), gradient.flatten())
+        return gradients[0], slope
 
 
 class _FormatOnGrid(torch.autograd.Function):
@@ -86,6 +103,20 @@ class _Learned(torch.autograd.Function):
         return None, gradients[0] * learned / math.sqrt(ctx.count), None
 
 
+class _Moved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, levels: Tensor, change: Tensor, count: int) -> Tensor:
+        span = levels.abs().max() * (levels != 0)
+        ctx.save_for_backward(span)
+        ctx.count = count
+        return torch.addcmul(levels, span, change)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        (span,) = ctx.saved_tensors
+        return None, gradients[0] * span / math.sqrt(ctx.count), None
+
+
 def weight_on_grid(weight: Tensor, fmt: Format, encoded: dict[str, Tensor]) -> Tensor:
     """Q(w) = decode(encode(w)) on the grid given, with dQ/dw = 1 inside the grid's range, and outside it 1 or 0.
 
@@ -93,8 +124,12 @@ def weight_on_grid(weight: Tensor, fmt: Format, encoded: dict[str, Tensor]) -> T
     format is Int or Levels, the scale s has the gradient of LSQ (Esser et al. 2019, arXiv:1902.08153, equation 3) for
     any levels: dQ/ds = (Q − w) / s inside, Q / s outside. The weight's is the straight-through estimator of Bengio et
     al. (2013); beyond the grid's range only what moves the weight back is passed on. With nothing passed on there, as
-    in LSQ, weights that cross an end never return, and in two bits either end is near for all of them.
+    in LSQ, weights that cross an end never return, and in two bits either end is near for all of them. A codebook's
+    levels have the sum of the gradients of the weights that are on them (Han et al. 2015, arXiv:1510.00149, eq. 3).
     """
+    if isinstance(fmt, Codebook):
+        chosen: Tensor = _WeightOnLevels.apply(weight, encoded["levels"])  # type: ignore[no-untyped-call]
+        return chosen
     if isinstance(fmt, (Int, Levels)):
         result: Tensor = _WeightOnGrid.apply(weight, encoded["scale"], fmt, encoded)  # type: ignore[no-untyped-call]
         return result
@@ -121,6 +156,15 @@ def learned_scale(scale: Tensor, change: Tensor, count: int) -> Tensor:
     """
     result: Tensor = _Learned.apply(scale, change, count)  # type: ignore[no-untyped-call]
     return result
+
+
+def learned_levels(levels: Tensor, change: Tensor, count: int) -> Tensor:
+    """levels + max |levels| · change, ascending again; a level of 0 stays, so that pruned weights do.
+
+    levels, change: [k]. count: values on all levels; √(count / k) divides the gradient, as in `learned_scale`.
+    """
+    moved: Tensor = _Moved.apply(levels, change, max(1, count // len(levels)))  # type: ignore[no-untyped-call]
+    return moved.sort().values
 
 
 def _laid_out_as(weight: Tensor, values: Tensor) -> Tensor:

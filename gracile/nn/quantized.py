@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from gracile.errors import ConfigError
-from gracile.formats import Format, Int, Levels, PerTensor, format_from_config, format_to_config, is_dynamic
+from gracile.formats import Codebook, Format, Int, Levels, PerTensor, format_from_config, format_to_config, is_dynamic
 from gracile.formats.granularity import from_rows, to_rows
 from gracile.nn.cells import start_in_cells
-from gracile.nn.grid import TrainsOnGrid, input_on_grid, learned_scale, weight_on_grid
+from gracile.nn.grid import TrainsOnGrid, input_on_grid, learned_levels, learned_scale, weight_on_grid
 from gracile.nn.ops import decode, quantize_dequantize, quantize_dequantize_per_token
 
 
@@ -24,7 +24,8 @@ class QuantizedLayer(TrainsOnGrid):
     Buffers: "weight_" + the name of each tensor that the weight's format encodes to (weight_codes, weight_scale, ...);
     input_scale [] float32 and input_zero_point [] int32 where inputs have a format; the same for the output.
     `weight` reads the decoded weight. While training on the grid it is a float parameter, and so is the logarithm of
-    what each scale was changed by (weight_scale_change, input_scale_change, ...); see `begin_training`. A solver that
+    what each scale was changed by (weight_scale_change, input_scale_change, ...), and of a codebook's levels their
+    change itself (weight_levels_change); see `begin_training`. A solver that
     chooses roundings by gradient meanwhile sets `rounding`, what gives the weight in place of the rounded parameter,
     and `drop`, the probability that a value of the input stays off the grid.
     """
@@ -75,7 +76,7 @@ class QuantizedLayer(TrainsOnGrid):
         assert (self.weight_shape, self._format_json) == (other.weight_shape, other._format_json)
         for name in self.weight_tensors:
             self._buffers[f"weight_{name}"] = other._buffers[f"weight_{name}"]
-        for name in ("weight", "weight_scale_change"):
+        for name in ("weight", "weight_scale_change", "weight_levels_change"):
             if name in other._parameters:
                 self._parameters[name] = other._parameters[name]
 
@@ -135,6 +136,9 @@ class QuantizedLayer(TrainsOnGrid):
         for role in self._learned_roles():
             scale: Tensor = getattr(self, f"{role}_scale")
             self.register_parameter(f"{role}_scale_change", nn.Parameter(torch.zeros_like(scale)))
+        if isinstance(self.weight_format, Codebook):
+            levels: Tensor = self.weight_levels  # type: ignore[assignment]
+            self.register_parameter("weight_levels_change", nn.Parameter(torch.zeros_like(levels)))
         self._parameters["weight"] = nn.Parameter(weight)
 
     def _as_encoded(self, original: Tensor) -> Tensor:
@@ -164,6 +168,7 @@ class QuantizedLayer(TrainsOnGrid):
                     self._buffers[f"{role}_scale"] = self._scale(role)
                 del self._parameters[f"{role}_scale_change"]
         del self._parameters["weight"]
+        self._parameters.pop("weight_levels_change", None)
 
     def _learned_roles(self) -> tuple[str, ...]:
         """Of weight, input and output those whose scale is learned: any but scales that a format bounds itself."""
@@ -171,7 +176,11 @@ class QuantizedLayer(TrainsOnGrid):
         return tuple(r for r, fmt in formats.items() if isinstance(fmt, (Int, Levels)) and not is_dynamic(fmt))
 
     def _learned_grid(self) -> dict[str, Tensor]:
-        """The learned scale of the weight by its name, where there is one."""
+        """The learned scale or levels of the weight by their name, where there are any."""
+        moved = self._parameters.get("weight_levels_change")
+        if moved is not None:
+            levels: Tensor = self.weight_levels  # type: ignore[assignment]
+            return {"levels": learned_levels(levels, moved, math.prod(self.weight_shape))}
         if "weight" not in self._learned_roles():
             return {}
         scale = self._buffers["weight_scale"]

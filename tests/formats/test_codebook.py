@@ -44,6 +44,27 @@ def test_many_weights_come_near_what_scikit_learn_finds() -> None:
     assert squared(weight, Codebook(4)) < 0.5 * squared(weight, Int(4, PerTensor()))
 
 
+def test_many_weights_that_count_differently_come_near_it_too() -> None:
+    torch.manual_seed(1)
+    weight, counts = torch.randn(40, 60), torch.randn(60).mul(2).exp()
+    wide = counts.expand(40, 60)
+    points = weight.flatten().numpy().reshape(-1, 1)
+    fitted = KMeans(16, n_init=3, random_state=0).fit(points, sample_weight=wide.flatten().numpy())
+    levels = Codebook(4).learn(weight, counts)
+    found = float(((weight.unsqueeze(-1) - levels).square().amin(-1).double() * wide).sum())
+    assert found < 1.05 * float(fitted.inertia_)  # which has no level that must be zero
+
+
+def test_importance_of_columns_moves_the_levels_to_theirs() -> None:
+    weight = torch.cat([torch.randn(50, 4), 0.1 * torch.randn(50, 4)], 1)
+    importance = torch.tensor([1e-4] * 4 + [1.0] * 4)
+    error = [
+        float(((weight.unsqueeze(-1) - levels).square().amin(-1) * importance).sum())
+        for levels in (Codebook(3).learn(weight), Codebook(3).learn(weight, importance))
+    ]
+    assert error[1] < 0.5 * error[0]
+
+
 def test_levels_are_few_ascending_and_one_is_zero() -> None:
     tensors = Codebook(3).encode(torch.randn(20, 30, generator=torch.Generator().manual_seed(1)))
     assert tensors["levels"].shape == (8,) and bool((tensors["levels"].diff() > 0).all())

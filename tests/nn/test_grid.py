@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from gracile.formats import NF4, FixedPoint, Format, Int, Levels, MidRise, PerGroup, PerTensor, format_to_config
+from gracile.formats import (
+    NF4,
+    Codebook,
+    FixedPoint,
+    Format,
+    Int,
+    Levels,
+    MidRise,
+    PerGroup,
+    PerTensor,
+    format_to_config,
+)
 from gracile.nn import QuantizedConv, begin_training, end_training, freeze_batch_norms, keep_sizes, quantize_layer
-from gracile.nn.grid import input_on_grid, learned_scale, weight_on_grid
+from gracile.nn.grid import input_on_grid, learned_levels, learned_scale, weight_on_grid
 
 FORMATS = [
     Int(8),
@@ -22,6 +34,8 @@ FORMATS = [
     Int(3, PerGroup(4), symmetric=False),
     FixedPoint(16),
     NF4(PerGroup(4)),
+    Codebook(2),
+    Codebook(4),
 ]
 each_format = pytest.mark.parametrize("fmt", FORMATS, ids=str)
 
@@ -52,7 +66,12 @@ def test_beginning_and_ending_changes_nothing(fmt: Format) -> None:
 def test_what_was_trained_is_exactly_what_is_stored(fmt: Format) -> None:
     model, x = net(fmt), torch.randn(16, 8, generator=torch.Generator().manual_seed(5))
     original = model(x).detach()
-    scales = [model[i].weight_scale.clone() for i in (0, 2) if hasattr(model[i], "weight_scale")]
+    grids = [
+        (model[i], name, getattr(model[i], name).clone())
+        for i, name in itertools.product((0, 2), ("weight_scale", "weight_levels"))
+        if hasattr(model[i], name)
+    ]
+    assert len(grids) == (0 if isinstance(fmt, FixedPoint) else 2)
     begin_training(model)
     assert torch.equal(model(x), original)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
@@ -65,8 +84,8 @@ def test_what_was_trained_is_exactly_what_is_stored(fmt: Format) -> None:
     end_training(model)
     assert torch.equal(model(x), trained)
     assert torch.equal(model[0].decoded_weight(), weight)
-    for before, layer in zip(scales, (model[0], model[2])):
-        assert not torch.equal(before, layer.weight_scale)
+    for layer, name, before in grids:
+        assert not torch.equal(before, getattr(layer, name))
     assert [name for name, _ in model.named_parameters()] == ["0.bias", "2.bias"]
 
 
@@ -172,6 +191,28 @@ def test_gradients_of_scales_are_the_slope_of_the_rounded_weight(fmt: Int | Leve
         [block.sum() for row in np.split(per_scale.numpy(), groups[0]) for block in np.split(row, groups[1], 1)]
     )
     np.testing.assert_allclose(scale.grad.numpy().ravel(), sums / scale.detach().numpy().ravel(), rtol=1e-4, atol=1e-5)
+
+
+def test_levels_have_the_sum_of_their_weights_gradients_and_weights_their_own() -> None:
+    levels = torch.tensor([-1.0, 0.0, 2.0], requires_grad=True)
+    weight = torch.tensor([[-3.0, -0.6, 0.4], [1.1, 5.0, -0.4]], requires_grad=True)
+    y = weight_on_grid(weight, Codebook(2), {"levels": levels})
+    assert y.tolist() == [[-1.0, -1.0, 0.0], [2.0, 2.0, 0.0]]
+    upstream = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
+    (y * upstream).sum().backward()
+    assert weight.grad is not None and levels.grad is not None
+    assert torch.equal(weight.grad, upstream)
+    assert levels.grad.tolist() == [3.0, 36.0, 24.0]
+
+
+def test_learned_levels_move_by_shares_of_the_largest_and_zero_stays() -> None:
+    levels, change = torch.tensor([-1.0, 0.0, 2.0]), torch.zeros(3, requires_grad=True)
+    learned = learned_levels(levels, change, 12)
+    assert torch.equal(learned, levels)
+    (learned * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    assert change.grad is not None
+    assert change.grad.tolist() == [1 * 2 / 2, 0.0, 3 * 2 / 2]  # √(12 values / 3 levels) is 2
+    assert learned_levels(levels, torch.tensor([0.75, 9.0, -0.75]), 12).tolist() == [0.0, 0.5, 0.5]
 
 
 def test_gradients_of_inputs_and_their_scale() -> None:

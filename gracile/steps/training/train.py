@@ -138,10 +138,10 @@ def _epochs(
 
 
 def _groups(model: nn.Module, trained: list[nn.Parameter]) -> list[dict[str, Any]]:
-    """The trained parameters; those of learned scales are apart, for they must not decay to where they started."""
-    scales = {id(p) for name, p in model.named_parameters() if name.endswith("_scale_change")}
-    weights = [p for p in trained if id(p) not in scales]
-    learned = [p for p in trained if id(p) in scales]
+    """The trained parameters; those of learned grids are apart, for they must not decay to where they started."""
+    grids = {id(p) for name, p in model.named_parameters() if name.endswith(("_scale_change", "_levels_change"))}
+    weights = [p for p in trained if id(p) not in grids]
+    learned = [p for p in trained if id(p) in grids]
     return [{"params": weights}] + ([{"params": learned, "weight_decay": 0.0}] if learned else [])
 
 
