@@ -62,6 +62,7 @@ STEPS = [
     gc.only("e", gc.Quantize(gc.formats.PowersOfTwo(5, gc.formats.PerTensor()))),
     gc.only("f", gc.Quantize(gc.formats.Codebook(2))),
     gc.only("c", gc.Quantize(gc.formats.Ternary())),
+    gc.Quantize(to=gc.Latency(0.6, target=gc.OnnxRuntime()), options=(None, gc.W8A8)),
     gc.only("r", gc.Quantize(gc.formats.MidRise(3))),
     gc.only("g", gc.Quantize(gc.formats.Binary(gc.formats.PerGroup(16)))),
     gc.Quantize(gc.Scheme("own", gc.Int(5, gc.formats.PerChannel(1)), gc.Int(7, gc.formats.PerTensor()))),

@@ -99,7 +99,7 @@ def nearest_code(values: Tensor, levels: Tensor) -> Tensor:
     In float64: half of the sum of two denormal levels is no float32, and rounded it sends weights to the farther one.
     """
     borders = (levels[1:].double() + levels[:-1].double()) / 2
-    return torch.searchsorted(levels, levels[torch.bucketize(values.double(), borders)])
+    return torch.searchsorted(levels, levels[torch.bucketize(values.double().contiguous(), borders)])
 
 
 def _with_zero(levels: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from gracile.context import Context
 from gracile.equalize import AWQ, CrossLayer, InputScales, SmoothQuant
 from gracile.errors import ConfigError, DataError, NothingChangedError
 from gracile.formats import Format, Scheme, is_dynamic
-from gracile.goal import Bytes
+from gracile.goal import Bytes, Latency
 from gracile.graph import Trace, trace
 from gracile.nn import QuantizedLayer, quantized_kind
 from gracile.ranges import MSE, Automatic, Range
@@ -22,12 +22,14 @@ from gracile.sharing import own_parameters, share_parameters, tied_groups
 from gracile.solvers import BlockSolver, RoundingSolver
 from gracile.stats.collect import collect_activations, first_batch
 from gracile.steps.correct import correct_statistics
+from gracile.steps.latency.budget import record_latency
+from gracile.steps.latency.timing import Timer, target_of, timer_for
 from gracile.steps.quantization.choose_ranges import choose_ranges, describe_ranges
 from gracile.steps.quantization.equalize_layers import equalize_where_better
 from gracile.steps.quantization.fold import fold_batch_norms
 from gracile.steps.quantization.mixed_precision import choose_schemes, measure_losses
 from gracile.steps.quantization.prepared import Prepared
-from gracile.steps.quantization.quantize_layers import Encoder, layers_with_output_grids, quantizable
+from gracile.steps.quantization.quantize_layers import Encoder, layers_with_output_grids, quantizable, with_output_grids
 from gracile.steps.quantization.quantize_recurrent import check_recurrent, quantize_recurrent
 from gracile.steps.quantization.reconstruct_blocks import reconstruct_blocks, record_reconstruction
 from gracile.steps.quantization.round_layers import record_rounding, round_in_sequence
@@ -45,8 +47,9 @@ class Quantize(Step):
 
     scheme: W8A8, W4A8, W4A16(group), ... (`gracile.formats`), or a Format for weights alone: Int(bits=4),
         FixedPoint(factor=256). None: each layer takes one of the options.
-    to, options: at most so many bytes of the model as stored, Bytes(0.15), and the schemes or formats to choose from
-        for each layer: those by which the outputs change least, measured one layer at a time. Needs calibration data.
+    to, options: at most so many bytes of the model as stored, Bytes(0.15), or so much of its latency on a target,
+        Latency(0.6), and the schemes or formats to choose from for each layer: those by which the outputs change least,
+        measured one layer at a time. An option None leaves a layer in floating point. Needs calibration data.
     solver: chooses the codes of linear layers and convolutions by what rounding does to their outputs, in the order of
         the forward: solvers.GPTQ(), or AdaRound() or SignRound(), which go on from there block by block. Needs
         calibration data. None: every weight goes to the nearest code.
@@ -69,8 +72,8 @@ class Quantize(Step):
 
     scheme: Scheme | Format | None = None
     _: KW_ONLY
-    to: Bytes | None = None
-    options: tuple[Scheme | Format, ...] = ()
+    to: Bytes | Latency | None = None
+    options: tuple[Scheme | Format | None, ...] = ()
     solver: RoundingSolver | None = None
     ranges: Range = MSE()
     equalize: SmoothQuant | AWQ | CrossLayer | None = None
@@ -89,14 +92,17 @@ class Quantize(Step):
     def _check_schemes(self) -> None:
         usable = (Scheme, Format)
         if self.to is not None:
-            if not isinstance(self.to, Bytes):
-                raise ConfigError(f"Quantize(to={self.to!r}): the budget of formats is one of bytes, Bytes(0.15).")
+            if not isinstance(self.to, (Bytes, Latency)):
+                raise ConfigError(
+                    f"Quantize(to={self.to!r}): the budget of formats is one of bytes or latency, Bytes(0.15) or "
+                    f"Latency(0.6)."
+                )
             if self.scheme is not None or not isinstance(self.options, tuple) or len(self.options) < 2:
                 raise ConfigError(
                     "Quantize(to=...): takes options=(W8A8, W4A8, ...), two schemes at least, and no scheme besides."
                 )
             for option in self.options:
-                if not isinstance(option, usable):
+                if option is not None and not isinstance(option, usable):
                     raise ConfigError(f"Quantize(options=...): {option!r} is not a scheme or a format.")
             return
         if self.options:
@@ -129,8 +135,8 @@ class Quantize(Step):
 
     @property
     def _options(self) -> tuple[Scheme, ...]:
-        """The schemes to choose from: one, or those that were given."""
-        given = self.options if self.scheme is None else (self.scheme,)
+        """The schemes to choose from: one, or those that were given, without the one to stay in floating point."""
+        given = [each for each in self.options if each is not None] if self.scheme is None else [self.scheme]
         return tuple(each if isinstance(each, Scheme) else Scheme(_format_name(each), each) for each in given)
 
     @property
@@ -152,6 +158,8 @@ class Quantize(Step):
         return f"Quantize to {names}" + ("" if self.to is None else f" within {self.to}")
 
     def check(self, model: nn.Module, context: Context) -> None:
+        if isinstance(self.to, Latency):
+            target_of(self.to, context, "Quantize")
         stored = stored_only(self._options, context.target)
         if stored is not None:
             logger.warning("%s: %s", self.title, stored)
@@ -183,9 +191,15 @@ class Quantize(Step):
         self._check_data(context)
         recorder = Recorder(self)
         recorder.notes += filter(None, [stored_only(self._options, context.target)])
+        if not isinstance(self.to, Latency):
+            return self._apply(model, context, recorder)
+        with timer_for(self.to, model, context, first_batch(context.data), "Quantize") as timer:
+            return self._apply(model, context, recorder, timer)
+
+    def _apply(self, model: nn.Module, context: Context, recorder: Recorder, timer: Timer | None = None) -> StepRecord:
         ready = self._prepare(model, context, recorder)
-        encoder, traced, layers = ready.encoder, ready.traced, ready.layers
-        chosen = {name: found[0] for name, found in ready.schemes.items()}
+        traced = ready.traced
+        chosen: dict[str, Scheme | None] = {name: found[0] for name, found in ready.schemes.items()}
         if self.to is not None and traced is not None:
             chosen = choose_schemes(
                 model,
@@ -193,22 +207,28 @@ class Quantize(Step):
                 ready.options,
                 ready.units,
                 self.to,
-                encoder,
+                ready.encoder,
                 self.solver,
                 context,
                 recorder,
+                timer,
                 correct=self.correct,
             )
-        for name in layers:
-            encoder.swap(model, name, chosen[name], recorder)
+            ready = ready.without([name for name, scheme in chosen.items() if scheme is None], model, recorder)
+            ready = replace(ready, encoder=with_output_grids(ready.encoder, model, chosen, traced))
+        schemes = {name: scheme for name, scheme in chosen.items() if scheme is not None}
+        for name in ready.layers:
+            ready.encoder.swap(model, name, schemes[name], recorder)
         tie(model, ready.tied, recorder)
-        quantize_recurrent(model, {name: chosen[name] for name in ready.recurrent}, self.ranges, recorder)
+        quantize_recurrent(model, {name: schemes[name] for name in ready.recurrent}, self.ranges, recorder)
         if ready.reference is not None:  # biases of other layers may be corrected
             own_parameters(model, ready.reference)
         if ready.reference is not None and traced is not None and self.solver is not None:
             self._round(model, ready, traced, context, recorder)
         if ready.reference is not None and self.correct:
             correct_statistics(model, ready.reference, context, recorder, {})
+        if timer is not None:
+            record_latency(model, timer, self, recorder)
         return recorder.record()
 
     def measure_losses(self, model: nn.Module, context: Context) -> dict[str, list[float]]:
@@ -258,7 +278,7 @@ class Quantize(Step):
         if not layers and not recurrent:
             raise NothingChangedError("Quantize: no layer was quantized.\n  The report's skipped rows say why.")
         schemes = {name: schemes[name] for name in layers} | dict.fromkeys(recurrent, self._options)
-        return Prepared(layers, recurrent, tied, schemes, encoder, traced, reference)
+        return Prepared(layers, recurrent, tied, schemes, encoder, traced, reference, None in self.options)
 
     def _schemes(
         self, model: nn.Module, layers: list[str], tied: list[list[str]], context: Context

@@ -26,6 +26,7 @@ from gracile.steps.pruning.budget import Keep, cut_copy
 if TYPE_CHECKING:
     from gracile.steps.factorize import Factorize
     from gracile.steps.prune import Prune
+    from gracile.steps.quantize import Quantize
 
 BISECTIONS = 20
 
@@ -209,7 +210,7 @@ def prepare_latency(
     return LatencyBudget(step.to, timer, table, model, traced)
 
 
-def record_latency(model: nn.Module, timer: Timer, step: Prune | Factorize, recorder: Recorder) -> None:
+def record_latency(model: nn.Module, timer: Timer, step: Prune | Factorize | Quantize, recorder: Recorder) -> None:
     """Time the model as it is now beside the whole one, and record both."""
     assert isinstance(step.to, Latency)
     measured = timer.relative(model) * timer.whole_ms

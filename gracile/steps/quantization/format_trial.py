@@ -74,25 +74,30 @@ class FormatTrial:
         norms = dict(traced.batch_norm_pairs())
         plain = [name for name in self._solved if not isinstance(self._floats[name], nn.RNNBase)]
         self._moments = LayerMoments(self.model, targets_of(model, traced, plain, context, fitted), norms=norms)
+        self._norm_states = {name: self.held(name)[1] for name in self.order}
         self._replay = Replay(self.model, context.data, self.batches)
         runs = [lambda net, batch=batch: context.data.forward(net, batch) for batch in self.batches]
         matched = set(called_once(model, traced)) & set(self.order) if correct else set()
         matched = {name for name in matched if not isinstance(self._floats[name], nn.RNNBase)}
         self._wanted = output_moments(self.model, matched, runs)
 
-    def loss(self, name: str, scheme: Scheme) -> float:
-        """The error of the outputs with the layer in this scheme, in which it stays.
+    def loss(self, name: str, scheme: Scheme | None) -> float:
+        """The error of the outputs with the layer in this scheme, in which it stays; None: in floating point.
 
         Raises DataError where they are NaN or infinite.
         """
         self.put(name, scheme)
         found = self.error()
         if not math.isfinite(found):
-            raise DataError(f"Quantize: the outputs are NaN or infinite with '{name}' in {scheme.name}.")
+            raise DataError(f"Quantize: the outputs are NaN or infinite with '{name}' in {scheme and scheme.name}.")
         return found
 
-    def put(self, name: str, scheme: Scheme) -> None:
-        """Give the layer this format, and those that hold its weight too."""
+    def put(self, name: str, scheme: Scheme | None) -> None:
+        """Give the layer this format, and those that hold its weight too; None: their float weight."""
+        if scheme is None:
+            self.put_back(name, ([self._floats[each] for each in self.units[name]], self._norm_states.get(name)))
+            self._replay.seek(self._first[name])
+            return
         layers = [self._built(each, scheme).eval() for each in self.units[name]]
         for each, layer in zip(self.units[name], layers, strict=True):
             if isinstance(layer, QuantizedLayer) and isinstance(layers[0], QuantizedLayer) and layer is not layers[0]:

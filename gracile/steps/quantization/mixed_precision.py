@@ -1,4 +1,4 @@
-"""The number format of each layer, so that the model fits into its bytes and its outputs change least."""
+"""The number format of each layer, so that the model fits its bytes or its latency and its outputs change least."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from gracile.context import Context
 from gracile.errors import ConfigError
 from gracile.evaluate.size import state_bytes
 from gracile.formats import Scheme, is_dynamic
-from gracile.goal import Bytes
+from gracile.goal import Bytes, Latency
 from gracile.graph import Trace
 from gracile.knapsack import choose_options
 from gracile.modes import eval_mode
 from gracile.recipe import Recorder
 from gracile.solvers import RoundingSolver
+from gracile.steps.latency.timing import Timer
+from gracile.steps.quantization.format_latency import FormatLatency
 from gracile.steps.quantization.format_trial import FormatTrial
 from gracile.steps.quantization.quantize_layers import Encoder, format_for
 from gracile.steps.quantization.quantize_recurrent import matrices
@@ -28,31 +30,58 @@ ROUNDS = 3
 def choose_schemes(
     model: nn.Module,
     traced: Trace,
-    options: Mapping[str, Sequence[Scheme]],
+    options: Mapping[str, Sequence[Scheme | None]],
     units: Mapping[str, Sequence[str]],
-    budget: Bytes,
+    budget: Bytes | Latency,
     encoder: Encoder,
     solver: RoundingSolver | None,
     context: Context,
     recorder: Recorder,
+    timer: Timer | None = None,
     *,
     correct: bool,
-) -> dict[str, Scheme]:
-    """argmin of the outputs' error over one scheme of each layer, subject to the bytes of the model.
+) -> dict[str, Scheme | None]:
+    """argmin of the outputs' error over one scheme of each layer, subject to the bytes or the latency of the model.
 
-    First by the sum of what each layer's schemes do alone, a knapsack. Schemes that another one beats, in bytes and in
-    that, are out. Then, up to ROUNDS times, by what each layer's next smaller and next larger schemes do where all
-    others are as chosen: a knapsack again, whose choice is kept if the model of it has less. By a draft of the solver
-    where there is one, and corrected as the step corrects (`FormatTrial`). Bytes are those of the model's tensors as
-    stored. Raises ConfigError where no choice fits, with the least that can be reached.
+    First by the sum of what each layer's schemes do alone, a knapsack. Schemes that another one beats, in the budget
+    and in that, are out. Then, up to ROUNDS times, by what each layer's next smaller and next larger schemes do where
+    all others are as chosen: a knapsack again, whose choice is kept if the model of it has less. By a draft of the
+    solver where there is one, and corrected as the step corrects (`FormatTrial`). Bytes are those of the model's
+    tensors as stored; latency is timed (`FormatLatency`), and what is chosen was measured within the budget. Raises
+    ConfigError where no choice fits, with the least that can be reached.
 
-    model: the float model, which is left as it is. traced: of it. options: schemes of each unit, by its first layer.
-    units: the first layer -> all that hold its weight and take its scheme. Returns the schemes of all layers.
+    model: the float model, which is left as it is. traced: of it. options: schemes of each unit, by its first layer;
+    None: it stays in floating point. units: the first layer -> all that hold its weight and take its scheme. timer:
+    of the float model, for a budget of latency. Returns the schemes of all layers.
     """
+    trial = FormatTrial(model, traced, units, encoder, solver, context, correct)
+    with eval_mode(model):
+        if isinstance(budget, Bytes):
+            chosen = _within_bytes(trial, model, options, budget, context, recorder)
+        else:
+            assert timer is not None, "a budget of latency comes with a timer"
+            latency = FormatLatency(model, traced, units, options, encoder, timer, context, recorder)
+            chosen = _within_latency(trial, latency, budget, context, recorder)
+    found = {name: options[name][i] for name, i in chosen.items()}
+    names = dict.fromkeys(_title(scheme) for schemes in options.values() for scheme in schemes)
+    counts = {name: sum(_title(scheme) == name for scheme in found.values()) for name in names}
+    shares = ", ".join(f"{count} layers in {name}" for name, count in counts.items())
+    recorder.notes.append(f"Mixed precision for {budget}: {shares}; chosen by the measured error of the outputs.")
+    return {each: found[name] for name in found for each in units[name]}
+
+
+def _within_bytes(
+    trial: FormatTrial,
+    model: nn.Module,
+    options: Mapping[str, Sequence[Scheme | None]],
+    budget: Bytes,
+    context: Context,
+    recorder: Recorder,
+) -> dict[str, int]:
     whole, original = state_bytes(model), state_bytes(context.original)
     limit = budget.limit(original)
     saved = {
-        name: [_bytes_saved(units[name], model, scheme, encoder) for scheme in schemes]
+        name: [_bytes_saved(trial.units[name], model, scheme, trial.encoder) for scheme in schemes]
         for name, schemes in options.items()
     }
     least = whole - sum(max(each) for each in saved.values())
@@ -61,28 +90,43 @@ def choose_schemes(
             f"Quantize(to={budget}): cannot be met; the nearest that these options reach is {least:g} of {original:g} "
             f"bytes ({least / original:.3f}).\n  Ask for at least that, or add an option of fewer bits."
         )
-    trial = FormatTrial(model, traced, units, encoder, solver, context, correct)
-    with eval_mode(model):
-        losses = _single_losses(trial, options, context)
-        fronts = {name: _front(losses[name], saved[name]) for name in options}
-        items = [[(losses[name][i], saved[name][i]) for i in fronts[name]] for name in options]
-        picked = choose_options(items, whole - limit)
-        chosen = {name: fronts[name][i] for name, i in zip(options, picked, strict=True)}
-        recorder.numbers["predicted_loss"] = sum(losses[name][i] for name, i in chosen.items())
-        chosen = _refine(trial, options, saved, fronts, chosen, whole - limit, context, recorder)
+    losses = _single_losses(trial, options, context)
+    fronts = {name: _front(losses[name], saved[name]) for name in options}
+    items = [[(losses[name][i], saved[name][i]) for i in fronts[name]] for name in options]
+    picked = choose_options(items, whole - limit)
+    chosen = {name: fronts[name][i] for name, i in zip(options, picked, strict=True)}
+    recorder.numbers["predicted_loss"] = sum(losses[name][i] for name, i in chosen.items())
+    chosen = _refine(trial, options, saved, fronts, chosen, whole - limit, context, recorder)
     recorder.numbers["bytes"] = whole - sum(saved[name][i] for name, i in chosen.items())
-    found = {name: options[name][i] for name, i in chosen.items()}
-    names = dict.fromkeys(scheme.name for schemes in options.values() for scheme in schemes)
-    counts = {name: sum(scheme.name == name for scheme in found.values()) for name in names}
-    shares = ", ".join(f"{count} layers in {name}" for name, count in counts.items())
-    recorder.notes.append(f"Mixed precision for {budget}: {shares}; chosen by the measured error of the outputs.")
-    return {each: found[name] for name in found for each in units[name]}
+    return chosen
+
+
+def _within_latency(
+    trial: FormatTrial, latency: FormatLatency, budget: Latency, context: Context, recorder: Recorder
+) -> dict[str, int]:
+    losses = _single_losses(trial, latency.options, context)
+    chosen = latency.meet(budget, losses)
+    recorder.numbers["predicted_loss"] = sum(losses[name][i] for name, i in chosen.items())
+    fronts = {name: _front(losses[name], saved) for name, saved in latency.saved.items()}
+    for name, i in chosen.items():  # the search looks at all options, of which noise may have put one behind another
+        fronts[name] = sorted({*fronts[name], i})
+    amount = sum(latency.saved[name][i] for name, i in chosen.items())
+    refined = _refine(trial, latency.options, latency.saved, fronts, chosen, amount, context, recorder)
+    if refined != chosen and not latency.within(budget, refined):
+        recorder.notes.append("The choice by the layers' neighbouring formats was timed beyond the budget, and left.")
+        refined = chosen
+    recorder.numbers["latency_predicted_ms"] = latency.predict(refined) * latency.timer.whole_ms
+    return refined
+
+
+def _title(scheme: Scheme | None) -> str:
+    return "floating point" if scheme is None else scheme.name
 
 
 def measure_losses(
     model: nn.Module,
     traced: Trace,
-    options: Mapping[str, Sequence[Scheme]],
+    options: Mapping[str, Sequence[Scheme | None]],
     units: Mapping[str, Sequence[str]],
     encoder: Encoder,
     solver: RoundingSolver | None,
@@ -97,7 +141,7 @@ def measure_losses(
 
 
 def _single_losses(
-    trial: FormatTrial, options: Mapping[str, Sequence[Scheme]], context: Context
+    trial: FormatTrial, options: Mapping[str, Sequence[Scheme | None]], context: Context
 ) -> dict[str, list[float]]:
     losses: dict[str, list[float]] = {}
     for done, name in enumerate(trial.order):
@@ -110,7 +154,7 @@ def _single_losses(
 
 def _refine(
     trial: FormatTrial,
-    options: Mapping[str, Sequence[Scheme]],
+    options: Mapping[str, Sequence[Scheme | None]],
     saved: Mapping[str, Sequence[float]],
     fronts: Mapping[str, Sequence[int]],
     chosen: dict[str, int],
@@ -145,7 +189,7 @@ def _refine(
     return chosen
 
 
-def _error_of(trial: FormatTrial, options: Mapping[str, Sequence[Scheme]], chosen: Mapping[str, int]) -> float:
+def _error_of(trial: FormatTrial, options: Mapping[str, Sequence[Scheme | None]], chosen: Mapping[str, int]) -> float:
     """Of the trial with all layers in their formats, in which they stay."""
     for name in trial.order:
         trial.put(name, options[name][chosen[name]])
@@ -169,8 +213,10 @@ def _neighbours(saved: Sequence[float], front: Sequence[int], index: int) -> lis
     return order[max(place - 1, 0) : place + 2]
 
 
-def _bytes_saved(names: Sequence[str], model: nn.Module, scheme: Scheme, encoder: Encoder) -> float:
+def _bytes_saved(names: Sequence[str], model: nn.Module, scheme: Scheme | None, encoder: Encoder) -> float:
     """Bytes of the float weight of these layers less those of its codes, its scales and the grids of what they read."""
+    if scheme is None:
+        return 0.0
     layer: Any = model.get_submodule(names[0])
     if isinstance(layer, nn.RNNBase):
         return sum(weight.nbytes - scheme.weight.size_bytes(weight.shape) for weight in matrices(layer).values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -208,22 +208,33 @@ def _title(layer: QuantizedLayer) -> str:
     return title if layer.input_format is None else f"{title}, inputs {format_title(layer.input_format)}"
 
 
-def layers_with_output_grids(model: nn.Module, layers: list[str], traced: Trace) -> frozenset[str]:
-    """Layers whose output an integer kernel needs on a grid of its own, since no quantized layer follows directly.
+def layers_with_output_grids(model: nn.Module, layers: Collection[str], traced: Trace) -> frozenset[str]:
+    """Of the layers with inputs on a grid those whose output needs one of its own, since none of them follows directly.
 
-    That is so where a sum or the like reads it, or where behind an activation only operators do, such as a pooling:
-    without a grid the convolution would run in floating point. Linear layers need none: their kernels give float
-    outputs from integer products.
+    That is so where a sum or the like reads it, or where behind an activation only operators do, such as a pooling, or
+    layers in floating point: without a grid the convolution would run in floating point. Linear layers need none: their
+    kernels give float outputs from integer products.
     """
+    readers = {f"module:{name}" for name in layers}
 
     def needs(name: str) -> bool:
         if not all(c in ABSORBED or c.startswith("module:") for c in traced.consumers(name)):
             return True
         behind = traced.consumers_behind(name, ABSORBED)
-        return bool(behind) and not any(c.startswith("module:") for c in behind)
+        return bool(behind) and not readers.intersection(behind)
 
     convolutions = [name for name in layers if isinstance(model.get_submodule(name), CONVOLUTIONS)]
     return frozenset(name for name in convolutions if needs(name))
+
+
+def with_output_grids(
+    encoder: Encoder, model: nn.Module, schemes: Mapping[str, Scheme | None], traced: Trace
+) -> Encoder:
+    """The encoder with output grids for layers in these schemes; None: a layer stays in floating point."""
+    on_grids = [
+        name for name, scheme in schemes.items() if scheme is not None and scheme.input and not is_dynamic(scheme.input)
+    ]
+    return replace(encoder, outputs=layers_with_output_grids(model, on_grids, traced))
 
 
 def has_zeros(weight: Tensor) -> bool:
