@@ -26,8 +26,8 @@ class Codebook(Format):
 
     bits: 1 to 8. Tensors: "codes" uint8 [ceil(n · bits / 8)] (see `packing`), "levels" float32 [2^bits], ascending,
     "shape" int64. For storage: runtimes get the decoded weight. Sources: Deep Compression, Han et al. 2015
-    (arXiv:1510.00149), which starts from equal steps and has no zero; h as in Choi et al. 2017 (arXiv:1612.01543),
-    equation 7.
+    (arXiv:1510.00149), which starts from equal steps and has no zero; h as in Choi et al. 2017
+    (arXiv:1612.01543).
     """
 
     bits: int = 4
