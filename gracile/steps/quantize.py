@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from gracile.context import Context
 from gracile.equalize import AWQ, CrossLayer, InputScales, SmoothQuant
-from gracile.errors import ConfigError, DataError, NothingChangedError
+from gracile.errors import DataError, NothingChangedError
 from gracile.formats import Format, Scheme, is_dynamic
 from gracile.goal import Bytes, Latency
 from gracile.graph import Trace, trace
@@ -17,7 +18,6 @@ from gracile.nn import QuantizedLayer, quantized_kind
 from gracile.ranges import MSE, Automatic, Range
 from gracile.recipe import Recorder, Step
 from gracile.report.model import LayerRow, StepRecord
-from gracile.select import check_exclude
 from gracile.sharing import own_parameters, share_parameters, tied_groups
 from gracile.solvers import BlockSolver, RoundingSolver
 from gracile.stats.collect import collect_activations, first_batch
@@ -33,6 +33,7 @@ from gracile.steps.quantization.quantize_layers import Encoder, layers_with_outp
 from gracile.steps.quantization.quantize_recurrent import check_recurrent, quantize_recurrent
 from gracile.steps.quantization.reconstruct_blocks import reconstruct_blocks, record_reconstruction
 from gracile.steps.quantization.round_layers import record_rounding, round_in_sequence
+from gracile.steps.quantization.settings import check_settings
 from gracile.steps.quantization.smooth import smooth
 from gracile.steps.quantization.storage import stored_only
 from gracile.steps.quantization.tied import tie
@@ -81,72 +82,18 @@ class Quantize(Step):
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        self._check_schemes()
-        if not isinstance(self.ranges, Range):
-            raise ConfigError(f"Quantize(ranges={self.ranges!r}): expected MinMax(), MSE() or another of ranges.")
-        self._check_equalize()
-        if self.solver is not None and not isinstance(self.solver, RoundingSolver):
-            raise ConfigError(f"Quantize(solver={self.solver!r}): expected a rounding solver, solvers.GPTQ(), or None.")
-        check_exclude("Quantize", self.exclude)
-
-    def _check_schemes(self) -> None:
-        usable = (Scheme, Format)
-        if self.to is not None:
-            if not isinstance(self.to, (Bytes, Latency)):
-                raise ConfigError(
-                    f"Quantize(to={self.to!r}): the budget of formats is one of bytes or latency, Bytes(0.15) or "
-                    f"Latency(0.6)."
-                )
-            if self.scheme is not None or not isinstance(self.options, tuple) or len(self.options) < 2:
-                raise ConfigError(
-                    "Quantize(to=...): takes options=(W8A8, W4A8, ...), two schemes at least, and no scheme besides."
-                )
-            for option in self.options:
-                if option is not None and not isinstance(option, usable):
-                    raise ConfigError(f"Quantize(options=...): {option!r} is not a scheme or a format.")
-            return
-        if self.options:
-            raise ConfigError("Quantize(options=...): goes with a budget, to=Bytes(0.15).")
-        if not isinstance(self.scheme, usable):
-            hint = " W4A16 takes its group: W4A16(group=128)." if callable(self.scheme) else ""
-            raise ConfigError(
-                f"Quantize({self.scheme!r}): not a scheme or a format.{hint}\n"
-                f"  Use W8A8, W8A16, W4A16(group=32) or Int(bits=4)."
-            )
-
-    def _check_equalize(self) -> None:
-        name = type(self.equalize).__name__
-        if self.equalize is not None and not isinstance(self.equalize, (InputScales, CrossLayer)):
-            raise ConfigError(
-                f"Quantize(equalize={self.equalize!r}): expected equalize.SmoothQuant(), AWQ(), CrossLayer() or None."
-            )
-        if self.equalize is not None and self.to is not None:
-            raise ConfigError(f"Quantize(to=..., equalize={name}()): is judged by one scheme; leave out one.")
-        if isinstance(self.equalize, SmoothQuant) and not self._rounds_inputs:
-            raise ConfigError(
-                f"{self.title}, equalize=SmoothQuant(): needs a scheme with an input format; where inputs stay as they "
-                f"are, there is nothing to smooth.\n  Use equalize.AWQ(), or W8A8."
-            )
-        if isinstance(self.equalize, AWQ) and self._rounds_inputs:
-            raise ConfigError(
-                f"{self.title}, equalize=AWQ(): is for schemes that leave inputs in floating point.\n"
-                f"  Use equalize.SmoothQuant(), or W4A16(group=128)."
-            )
+        check_settings(self)
 
     @property
-    def _options(self) -> tuple[Scheme, ...]:
+    def schemes(self) -> tuple[Scheme, ...]:
         """The schemes to choose from: one, or those that were given, without the one to stay in floating point."""
         given = [each for each in self.options if each is not None] if self.scheme is None else [self.scheme]
         return tuple(each if isinstance(each, Scheme) else Scheme(_format_name(each), each) for each in given)
 
     @property
-    def _rounds_inputs(self) -> bool:
-        return any(scheme.input is not None for scheme in self._options)
-
-    @property
     def _measures_inputs(self) -> bool:
         """Whether ranges of inputs are found beforehand, and not when the model runs."""
-        return any(scheme.input is not None and not is_dynamic(scheme.input) for scheme in self._options)
+        return any(scheme.input is not None and not is_dynamic(scheme.input) for scheme in self.schemes)
 
     @property
     def replaces_tensors(self) -> bool:
@@ -154,23 +101,25 @@ class Quantize(Step):
 
     @property
     def title(self) -> str:
-        names = " or ".join(scheme.name for scheme in self._options)
+        names = " or ".join([*(scheme.name for scheme in self.schemes), *(["floating point"] * (None in self.options))])
         return f"Quantize to {names}" + ("" if self.to is None else f" within {self.to}")
 
     def check(self, model: nn.Module, context: Context) -> None:
-        if isinstance(self.to, Latency):
-            target_of(self.to, context, "Quantize")
-        stored = stored_only(self._options, context.target)
+        stored = stored_only(self.schemes, self._target(context))
         if stored is not None:
             logger.warning("%s: %s", self.title, stored)
         self._check_data(context)
+
+    def _target(self, context: Context) -> Any:
+        """The runtime that is to run the model, or None where none was named; with a budget of latency there is one."""
+        return target_of(self.to, context, "Quantize") if isinstance(self.to, Latency) else context.target
 
     def _check_data(self, context: Context) -> None:
         if context.data.has_calibration:
             return
         if self._measures_inputs and self.to is None and self.solver is None:
             raise DataError(
-                f"Quantize({self._options[0].name}) measures the ranges of layer inputs and has no data.\n"
+                f"Quantize({self.schemes[0].name}) measures the ranges of layer inputs and has no data.\n"
                 f"  Pass Data(calibration=batches); labels are not needed. Without data, use W8A16 or W4A16."
             )
         reason = None
@@ -180,7 +129,7 @@ class Quantize(Step):
             reason = f"rounds by what {type(self.solver).__name__} measures"
         elif self.equalize is not None:
             reason = "equalizes layers by what that does to the outputs"
-        elif self._options[0].ends is not None:
+        elif self.schemes[0].ends is not None:
             reason = "finds the first and the last layer by running the model"
         if reason is not None:
             raise DataError(
@@ -190,7 +139,7 @@ class Quantize(Step):
     def __call__(self, model: nn.Module, context: Context) -> StepRecord:
         self._check_data(context)
         recorder = Recorder(self)
-        recorder.notes += filter(None, [stored_only(self._options, context.target)])
+        recorder.notes += filter(None, [stored_only(self.schemes, self._target(context))])
         if not isinstance(self.to, Latency):
             return self._apply(model, context, recorder)
         with timer_for(self.to, model, context, first_batch(context.data), "Quantize") as timer:
@@ -246,7 +195,7 @@ class Quantize(Step):
     def _prepare(self, model: nn.Module, context: Context, recorder: Recorder) -> Prepared:
         """Fold, equalize and measure; all that comes before the first layer is quantized."""
         layers, recurrent = quantizable(model, self.exclude, context, recorder)
-        check_recurrent(model, recurrent, [scheme.weight for scheme in self._options])
+        check_recurrent(model, recurrent, [scheme.weight for scheme in self.schemes])
         tied = [group for group in tied_groups(model, "weight") if group[0] in layers]
         alone = [name for name in layers if not any(name in group for group in tied)]
         schemes = self._schemes(model, layers, tied, context)
@@ -277,15 +226,15 @@ class Quantize(Step):
             encoder = Encoder(self.ranges, smoothing=self._smooth(model, alone, context, recorder))
         if not layers and not recurrent:
             raise NothingChangedError("Quantize: no layer was quantized.\n  The report's skipped rows say why.")
-        schemes = {name: schemes[name] for name in layers} | dict.fromkeys(recurrent, self._options)
+        schemes = {name: schemes[name] for name in layers} | dict.fromkeys(recurrent, self.schemes)
         return Prepared(layers, recurrent, tied, schemes, encoder, traced, reference, None in self.options)
 
     def _schemes(
         self, model: nn.Module, layers: list[str], tied: list[list[str]], context: Context
     ) -> dict[str, tuple[Scheme, ...]]:
         """The scheme of each layer, or those there are to choose from."""
-        schemes = dict.fromkeys(layers, self._options)
-        ends = self._options[0].ends if self.to is None else None
+        schemes = dict.fromkeys(layers, self.schemes)
+        ends = self.schemes[0].ends if self.to is None else None
         if ends is not None:
             weighted = {n for n, m in model.named_modules() if isinstance(m, QuantizedLayer) or quantized_kind(m)}
             called = [layer.name for layer in _traced(model, context).layers if layer.name in weighted]
@@ -323,7 +272,7 @@ class Quantize(Step):
         """What divides the inputs of linear layers and multiplies their weights."""
         if not isinstance(self.equalize, InputScales):
             return {}
-        return smooth(model, layers, self.equalize, self._options[0], self.ranges, context, recorder)
+        return smooth(model, layers, self.equalize, self.schemes[0], self.ranges, context, recorder)
 
     def _measure(
         self, model: nn.Module, layers: list[str], traced: Trace, smoothing: dict[str, Tensor], context: Context

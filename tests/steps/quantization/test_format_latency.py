@@ -80,6 +80,7 @@ def test_what_is_chosen_is_within_the_budget_and_near_the_best_that_is(amount: f
     result = quantized(gc.Latency(amount, target=Clockwork(cost)), (None, W3A8), correct=False)
     numbers = result.report.steps[0].numbers
     assert cost(net()) == 16.0
+    assert result.report.steps[0].title == f"Quantize to W3A8 or floating point within Latency({amount:g}) on clockwork"
     assert numbers["latency_before_ms"] == 16.0
     assert numbers["latency_ms"] == pytest.approx(cost(result.model)) and cost(result.model) <= amount * 16
     left = {row.name for row in result.report.steps[0].layers if row.action == "skipped"}
@@ -185,6 +186,7 @@ def test_a_convolution_before_one_in_floating_point_needs_an_output_grid() -> No
         (gc.Latency(20, ms=True, target=Clockwork(cost)), OPTIONS, r"within this budget already \(16 ms\)"),
         (gc.Latency(0.5), OPTIONS, "no target to measure on"),
         (gc.Latency(0.5, target=Clockwork(cost)), (None,), "two schemes at least"),
+        (gc.Latency(0.5, target=Clockwork(cost)), (None, None), "is an option once"),
         (gc.MACs(0.5), OPTIONS, "bytes or latency"),
     ],
 )
