@@ -88,6 +88,14 @@ def augment(images: Tensor) -> Tensor:
     ]
 
 
+def calibration_batches(images: Tensor, count: int, size: int, seed: int) -> list[Tensor]:
+    """Augmented batches of `size` of so many of the images, drawn at random."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return [augment(batch) for batch in images[order].split(size)]
+
+
 def augmented_loader(images: Tensor, labels: Tensor, size: int = 128) -> DataLoader[tuple[Tensor, Tensor]]:
     """Shuffled, augmented training batches."""
     return DataLoader(Augmented(images, labels), batch_size=size, shuffle=True, collate_fn=_whole)

@@ -12,10 +12,8 @@ import argparse
 import json
 import time
 
-import torch
-
 import gracile as gc
-from benchmarks.datasets import augment, cifar10
+from benchmarks.datasets import calibration_batches, cifar10
 from benchmarks.models import accuracy
 from benchmarks.stored_formats import log_probabilities
 from benchmarks.structured import MODELS
@@ -36,10 +34,7 @@ def main() -> None:
     model = build().eval()
     images, _ = cifar10("train20k", normalisation)
     test, answers = cifar10("test5k", normalisation)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[: args.images]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(args.seed)
-        data = gc.Data(calibration=[augment(batch) for batch in images[order].split(64)])
+    data = gc.Data(calibration=calibration_batches(images, args.images, 64, args.seed))
     print(json.dumps({"float": accuracy(model, test, answers), "processor": instruction_set()}), flush=True)
     wanted = log_probabilities(model, test)
     target = TARGETS[args.target]()

@@ -16,10 +16,8 @@ import json
 import time
 from dataclasses import replace
 
-import torch
-
 import gracile as gc
-from benchmarks.datasets import augment, augmented_loader, cifar10
+from benchmarks.datasets import augmented_loader, calibration_batches, cifar10
 from benchmarks.models import accuracy, resnet20_projection
 from gracile.evaluate.size import state_bytes
 from gracile.steps import AdamW
@@ -47,10 +45,7 @@ def main() -> None:
     model = resnet20_projection("apot_res20_32bit")
     images, labels = cifar10("train20k", "apot")
     test, answers = cifar10("test5k", "apot")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(args.seed)
-        calibration = [augment(batch) for batch in images[order[: args.images]].split(128)]
+    calibration = calibration_batches(images, args.images, 128, args.seed)
     loader = augmented_loader(images[: args.train], labels[: args.train], args.batch)
     data = gc.Data(calibration=calibration, train=loader)
     print(json.dumps({"float": accuracy(model, test, answers), "settings": vars(args)}), flush=True)

@@ -14,10 +14,8 @@ import json
 import time
 from typing import Any
 
-import torch
-
 import gracile as gc
-from benchmarks.datasets import augment, cifar10
+from benchmarks.datasets import calibration_batches, cifar10
 from benchmarks.models import accuracy
 from benchmarks.structured import MODELS
 from gracile.evaluate.size import state_bytes
@@ -49,10 +47,7 @@ def main() -> None:
     model = build()
     images, _ = cifar10("train20k", normalisation)
     test, answers = cifar10("test5k", normalisation)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[: args.images]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(args.seed)
-        data = gc.Data(calibration=[augment(batch) for batch in images[order].split(128)])
+    data = gc.Data(calibration=calibration_batches(images, args.images, 128, args.seed))
     print(json.dumps({"model": args.model, "float": accuracy(model, test, answers)}), flush=True)
     formats: list[dict[str, Any]] = [{"scheme": getattr(gc.formats, scheme)} for scheme in args.schemes]
     formats += [{"to": gc.Bytes(share), "options": (gc.W8A8, gc.W4A8, gc.W2A8)} for share in args.mixed]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import gracile as gc
-from benchmarks.datasets import augment, augmented_loader, cifar10
+from benchmarks.datasets import augmented_loader, calibration_batches, cifar10
 from benchmarks.models import accuracy
 from benchmarks.structured import MODELS
 from gracile.evaluate.size import state_bytes
@@ -50,10 +50,7 @@ def main() -> None:
     model = build().eval()
     images, labels = cifar10("train20k", normalisation)
     test, answers = cifar10("test5k", normalisation)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[: args.images]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(args.seed)
-        calibration = [augment(batch) for batch in images[order].split(128)]
+    calibration = calibration_batches(images, args.images, 128, args.seed)
     data = gc.Data(calibration=calibration, train=augmented_loader(images, labels))
     print(json.dumps({"model": args.model, "float": accuracy(model, test, answers)}), flush=True)
     wanted = log_probabilities(model, test)

@@ -160,7 +160,7 @@ class Factorize(Step):
             factorize_layers(model, reference, traced, picked, self, targets, context, recorder)
             prove_factorized(model, reference, lambda net: [context.data.forward(net, b) for b in checked], recorder)
             if timer is not None:
-                record_latency(model, timer, self, recorder)
+                record_latency(model, timer, self.to, recorder)
         _record(candidates, losses, chosen, recorder)
         own_parameters(model, reference)
         if self.correct:

@@ -177,7 +177,7 @@ class Quantize(Step):
         if ready.reference is not None and self.correct:
             correct_statistics(model, ready.reference, context, recorder, {})
         if timer is not None:
-            record_latency(model, timer, self, recorder)
+            record_latency(model, timer, self.to, recorder)
         return recorder.record()
 
     def measure_losses(self, model: nn.Module, context: Context) -> dict[str, list[float]]:

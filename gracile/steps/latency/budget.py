@@ -14,7 +14,7 @@ from gracile.context import Context
 from gracile.data import Batch, batch_size
 from gracile.environment import instruction_set, vector_floats
 from gracile.errors import ConfigError
-from gracile.goal import Latency
+from gracile.goal import Budget, Latency
 from gracile.graph import Group, Trace, cut_macs, tied_sets
 from gracile.recipe import Recorder
 from gracile.steps.latency.cache import LatencyCache, identity_of
@@ -24,9 +24,7 @@ from gracile.steps.latency.timing import Timer
 from gracile.steps.pruning.budget import Keep, cut_copy
 
 if TYPE_CHECKING:
-    from gracile.steps.factorize import Factorize
     from gracile.steps.prune import Prune
-    from gracile.steps.quantize import Quantize
 
 BISECTIONS = 20
 
@@ -210,13 +208,13 @@ def prepare_latency(
     return LatencyBudget(step.to, timer, table, model, traced)
 
 
-def record_latency(model: nn.Module, timer: Timer, step: Prune | Factorize | Quantize, recorder: Recorder) -> None:
-    """Time the model as it is now beside the whole one, and record both."""
-    assert isinstance(step.to, Latency)
+def record_latency(model: nn.Module, timer: Timer, budget: Budget | None, recorder: Recorder) -> None:
+    """Time the model as it is now beside the whole one, and record both and what the budget of latency allows."""
+    assert isinstance(budget, Latency)
     measured = timer.relative(model) * timer.whole_ms
     recorder.numbers["latency_before_ms"] = timer.whole_ms
     recorder.numbers["latency_ms"] = measured
-    limit = step.to.limit(timer.whole_ms)
+    limit = budget.limit(timer.whole_ms)
     said = f"Latency of a batch of {batch_size(timer.batch)} on {timer.target.name}, {instruction_set()}: "
     said += f"{timer.whole_ms:.3g} ms before, {measured:.3g} ms after, {limit:.3g} ms allowed"
     if "latency_predicted_ms" in recorder.numbers:

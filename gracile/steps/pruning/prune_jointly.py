@@ -68,7 +68,7 @@ def prune_jointly(model: nn.Module, step: Prune, context: Context, recorder: Rec
     with timer_for(step.to, model, context, batch) as timer:
         _prune(model, step, context, recorder, batch, timer)
         if timer is not None:
-            record_latency(model, timer, step, recorder)
+            record_latency(model, timer, step.to, recorder)
 
 
 def _prune(

@@ -45,7 +45,7 @@ def prune_layers(model: nn.Module, step: Prune, context: Context, recorder: Reco
         repair_blocks(model, reference, order.gone, batch, step, context, recorder)
         apply(model, [edit for edit in edits if isinstance(edit, Remove)])
         if timer is not None:
-            record_latency(model, timer, step, recorder)
+            record_latency(model, timer, step.to, recorder)
     recorder.edits.extend(edits)
 
 

@@ -82,7 +82,7 @@ def prune_units(
             model, traced, keep, lambda net: [context.data.forward(net, each) for each in checked], recorder
         )
         if timer is None and timing is not None:
-            record_latency(model, timing, step, recorder)
+            record_latency(model, timing, step.to, recorder)
     recorder.edits.append(edit)
     for group in groups:
         kept = len(keep.get(group.name, range(group.units)))

@@ -17,35 +17,11 @@ from gracile.nn import QuantizedLayer
 from gracile.stats.match import relative_error
 from gracile.steps.quantization import mixed_precision as module
 from gracile.steps.quantization.quantize_layers import layers_with_output_grids
+from tests.steps.quantization.test_mixed_precision import data, net
 
 OPTIONS = (None, gc.W8A8)
 LAYERS = ("stem", "much", "little", "head")
 W3A8 = gc.Scheme("W3A8", gc.Int(3), gc.W8A8.input)
-
-
-class Net(nn.Module):
-    """The middle layers differ in what they mean for the output: one feeds all of it, one next to nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Linear(16, 32)
-        self.much, self.little = nn.Linear(32, 32), nn.Linear(32, 32)
-        self.head = nn.Linear(32, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.stem(x))
-        y: Tensor = self.head(torch.relu(self.much(x)) + 0.02 * torch.relu(self.little(x)))
-        return y
-
-
-def net() -> Net:
-    torch.manual_seed(0)
-    return Net().eval()
-
-
-def data() -> gc.Data:
-    generator = torch.Generator().manual_seed(1)
-    return gc.Data(calibration=[torch.randn(32, 16, generator=generator) for _ in range(9)])
 
 
 def in_integers(model: Any) -> dict[str, bool]:
