@@ -155,6 +155,12 @@ def test_a_convolution_before_one_in_floating_point_needs_an_output_grid() -> No
     assert layers_with_output_grids(model, ["0", "2"], traced) == {"2"}
 
 
+def test_a_convolution_before_a_norm_that_is_not_folded_needs_one_too() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    traced = trace(model, lambda net: net(torch.randn(1, 3, 9, 9)))
+    assert "0" in layers_with_output_grids(model, ["0", "3"], traced)
+
+
 @pytest.mark.parametrize(
     ("budget", "options", "message"),
     [
