@@ -74,28 +74,27 @@ class FormatLatency:
 
     def meet(self, budget: Latency, losses: Mapping[str, Sequence[float]]) -> dict[str, int]:
         """The options of least loss within the budget, as measured. Raises ConfigError naming the nearest latency."""
-        whole_ms = self.timer.whole_ms
-        limit = budget.limit(whole_ms) / whole_ms
-        if limit >= 1:
-            raise ConfigError(f"Quantize(to={budget}): the model is within this budget already ({whole_ms:.3g} ms).")
 
         def least(wanted: float) -> dict[str, int]:
             items = [list(zip(losses[name], row, strict=True)) for name, row in self.saved.items()]
             return dict(zip(self.saved, choose_options(items, wanted - (1 - self._most)), strict=True))
 
-        found = search_within(limit, least, lambda choice: 1 - self.predict(choice), self.measure)
+        found = search_within(self._limit(budget), least, lambda choice: 1 - self.predict(choice), self.measure)
         if found.choice is None:
-            nearest = min(found.nearest, self.least)
-            raise ConfigError(
-                f"Quantize(to={budget}): cannot be met; the nearest that these options reach is "
-                f"{nearest * whole_ms:.3g} ms of {whole_ms:.3g} ms ({nearest:.3f}).\n"
-                f"  Ask for at least that, or add an option that {self.timer.target.name} runs faster."
-            )
+            raise self._beyond(budget, min(found.nearest, self.least))
         return found.choice
+
+    def check(self, budget: Latency) -> None:
+        """Raise the error of `meet` where it is clear before any loss is measured, or the model fits as it is."""
+        whole_ms, limit = self.timer.whole_ms, self._limit(budget)
+        if limit >= 1:
+            raise ConfigError(f"Quantize(to={budget}): the model is within this budget already ({whole_ms:.3g} ms).")
+        if self.least - 2 * self.timer.error > limit:
+            raise self._beyond(budget, self.least)
 
     def within(self, budget: Latency, choice: Choice) -> bool:
         """Whether the choice was measured within the budget."""
-        return self.measure(choice) <= budget.limit(self.timer.whole_ms) / self.timer.whole_ms
+        return self.measure(choice) <= self._limit(budget)
 
     def predict(self, choice: Choice) -> float:
         """Latency as a share of the float model's, by the sum of what single layers cost."""
@@ -107,6 +106,18 @@ class FormatLatency:
         if key not in self._measured:
             self._measured[key] = self._time(choice, CAREFUL)
         return self._measured[key]
+
+    def _limit(self, budget: Latency) -> float:
+        """The budget as a share of the float model's latency."""
+        return budget.limit(self.timer.whole_ms) / self.timer.whole_ms
+
+    def _beyond(self, budget: Latency, nearest: float) -> ConfigError:
+        whole_ms = self.timer.whole_ms
+        return ConfigError(
+            f"Quantize(to={budget}): cannot be met; the nearest that these options reach is "
+            f"{nearest * whole_ms:.3g} ms of {whole_ms:.3g} ms ({nearest:.3f}).\n"
+            f"  Ask for at least that, or add an option that {self.timer.target.name} runs faster."
+        )
 
     def _costs(self, uniform: Sequence[float], context: Context) -> dict[str, list[float]]:
         """Unit -> what each option costs over the fastest one, as a share of the float model's latency."""

@@ -104,6 +104,7 @@ def _within_bytes(
 def _within_latency(
     trial: FormatTrial, latency: FormatLatency, budget: Latency, context: Context, recorder: Recorder
 ) -> dict[str, int]:
+    latency.check(budget)
     losses = _single_losses(trial, latency.options, context)
     chosen = latency.meet(budget, losses)
     recorder.numbers["predicted_loss"] = sum(losses[name][i] for name, i in chosen.items())

@@ -113,6 +113,13 @@ def test_a_refined_choice_that_is_too_slow_is_left(monkeypatch: pytest.MonkeyPat
     assert any("was timed beyond the budget, and left" in note for note in result.report.steps[0].notes)
 
 
+def test_a_budget_out_of_reach_is_refused_before_losses_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_single_losses", lambda *_: pytest.fail("losses were measured"))
+    for budget in (gc.Latency(0.2, target=Clockwork(cost)), gc.Latency(20, ms=True, target=Clockwork(cost))):
+        with pytest.raises(ConfigError, match=r"cannot be met|within this budget already"):
+            quantized(budget)
+
+
 def test_bytes_may_leave_layers_in_floating_point_too() -> None:
     step = gc.Quantize(to=gc.Bytes(0.8), options=(None, gc.Int(3)), correct=False)
     result = gc.compress(net(), step, data())
