@@ -15,9 +15,10 @@ import time
 import gracile as gc
 from benchmarks.datasets import calibration_batches, cifar10
 from benchmarks.models import accuracy
-from benchmarks.stored_formats import log_probabilities
+from benchmarks.stored_formats import outputs
 from benchmarks.structured import MODELS
 from gracile.environment import instruction_set
+from gracile.stats.match import divergence
 
 TARGETS = {"openvino": gc.OpenVINO, "onnxruntime": gc.OnnxRuntime}
 
@@ -36,7 +37,7 @@ def main() -> None:
     test, answers = cifar10("test5k", normalisation)
     data = gc.Data(calibration=calibration_batches(images, args.images, 64, args.seed))
     print(json.dumps({"float": accuracy(model, test, answers), "processor": instruction_set()}), flush=True)
-    wanted = log_probabilities(model, test)
+    wanted = outputs(model, test)
     target = TARGETS[args.target]()
     steps = {"W8A8 everywhere": gc.Quantize(gc.W8A8)}
     for amount in args.amounts:
@@ -46,8 +47,7 @@ def main() -> None:
         result = gc.compress(model, step, data, seed=args.seed)
         record = result.report.steps[0]
         row: dict[str, object] = {"latency": name, "seconds": round(time.perf_counter() - start)}
-        found = log_probabilities(result.model, test)
-        row["kl"] = round(float((wanted.exp() * (wanted - found)).sum(1).mean()), 6)
+        row["kl"] = round(divergence(outputs(result.model, test), wanted), 6)
         row["accuracy"] = accuracy(result.model, test, answers)
         row["in_floating_point"] = sum(layer.action == "skipped" for layer in record.layers)
         row |= {key: round(value, 2) for key, value in record.numbers.items() if key.startswith("latency")}

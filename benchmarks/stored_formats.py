@@ -21,6 +21,7 @@ from benchmarks.datasets import augmented_loader, calibration_batches, cifar10
 from benchmarks.models import accuracy
 from benchmarks.structured import MODELS
 from gracile.evaluate.size import state_bytes
+from gracile.stats.match import divergence
 
 FORMATS: dict[str, gc.formats.Format] = {
     "FP8": gc.formats.FP8(),
@@ -53,7 +54,7 @@ def main() -> None:
     calibration = calibration_batches(images, args.images, 128, args.seed)
     data = gc.Data(calibration=calibration, train=augmented_loader(images, labels))
     print(json.dumps({"model": args.model, "float": accuracy(model, test, answers)}), flush=True)
-    wanted = log_probabilities(model, test)
+    wanted = outputs(model, test)
     for name in args.formats:
         fmt = FORMATS[name]
         solved = gc.Quantize(fmt, solver=gc.solvers.GPTQ())
@@ -64,16 +65,15 @@ def main() -> None:
             start = time.perf_counter()
             result = gc.compress(model, step, data, seed=args.seed)
             row = {"format": name, "how": how, "seconds": round(time.perf_counter() - start, 1)}
-            found = log_probabilities(result.model, test)
-            row["kl"] = round(float((wanted.exp() * (wanted - found)).sum(1).mean()), 5)
+            row["kl"] = round(divergence(outputs(result.model, test), wanted), 5)
             row["accuracy"] = accuracy(result.model, test, answers)
             row["bytes"] = round(state_bytes(result.model) / state_bytes(model), 4)
             print(json.dumps(row), flush=True)
 
 
 @torch.no_grad()
-def log_probabilities(model: nn.Module, images: Tensor) -> Tensor:
-    return torch.cat([model(batch) for batch in images.split(500)]).log_softmax(1)
+def outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
+    return [model(batch) for batch in images.split(500)]
 
 
 def distillation(args: argparse.Namespace) -> gc.Distill:

@@ -28,7 +28,7 @@ from gracile.steps.quantization.choose_ranges import choose_ranges, describe_ran
 from gracile.steps.quantization.equalize_layers import equalize_where_better
 from gracile.steps.quantization.fold import fold_batch_norms
 from gracile.steps.quantization.mixed_precision import choose_schemes, measure_losses
-from gracile.steps.quantization.prepared import Prepared
+from gracile.steps.quantization.prepared import Prepared, option_title
 from gracile.steps.quantization.quantize_layers import Encoder, layers_with_output_grids, quantizable, with_output_grids
 from gracile.steps.quantization.quantize_recurrent import check_recurrent, quantize_recurrent
 from gracile.steps.quantization.reconstruct_blocks import reconstruct_blocks, record_reconstruction
@@ -101,7 +101,7 @@ class Quantize(Step):
 
     @property
     def title(self) -> str:
-        names = " or ".join([*(scheme.name for scheme in self.schemes), *(["floating point"] * (None in self.options))])
+        names = " or ".join(map(option_title, [*self.schemes, *([None] if None in self.options else [])]))
         return f"Quantize to {names}" + ("" if self.to is None else f" within {self.to}")
 
     def check(self, model: nn.Module, context: Context) -> None:

@@ -20,8 +20,9 @@ from gracile.steps.latency.search import search_within
 from gracile.steps.latency.table import EACH
 from gracile.steps.latency.timing import CAREFUL, Timer
 from gracile.steps.pruning.blocks import put_module
+from gracile.steps.quantization.prepared import option_title
 from gracile.steps.quantization.quantize_layers import Encoder, with_output_grids
-from gracile.steps.quantization.quantize_recurrent import build_recurrent
+from gracile.steps.quantization.quantize_recurrent import build_nearest
 
 #: An option of each unit, by its first layer.
 Choice = Mapping[str, int]
@@ -64,7 +65,7 @@ class FormatLatency:
         self.saved = {name: [most[name] - cost for cost in row] for name, row in costs.items()}
         self._most = self.least + sum(most.values())
         shares = ", ".join(
-            f"{'floating point' if scheme is None else scheme.name} {share:.3f}"
+            f"{option_title(scheme)} {share:.3f}"
             for scheme, share in zip(next(iter(options.values())), uniform, strict=True)
         )
         recorder.notes.append(
@@ -165,9 +166,5 @@ class FormatLatency:
     def _layer(self, name: str, option: int, scheme: Scheme, encoder: Encoder) -> nn.Module:
         key = (name, option, name in encoder.outputs)
         if key not in self._built:
-            old = self.model.get_submodule(name)
-            if isinstance(old, nn.RNNBase):
-                self._built[key] = build_recurrent(old, scheme, encoder.ranges)[0].eval()
-            else:
-                self._built[key] = encoder.build(name, old, scheme, encoder.encode(name, old, scheme))[0].eval()
+            self._built[key] = build_nearest(name, self.model.get_submodule(name), scheme, encoder).eval()
         return self._built[key]

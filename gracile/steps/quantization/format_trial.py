@@ -23,8 +23,9 @@ from gracile.steps.correct import copy_model
 from gracile.steps.pruning.blocks import put_module
 from gracile.steps.pruning.sequence import called_once, targets_of
 from gracile.steps.pruning.tables import at_least, outputs_of, some_batches
+from gracile.steps.quantization.prepared import option_title
 from gracile.steps.quantization.quantize_layers import Encoder
-from gracile.steps.quantization.quantize_recurrent import build_recurrent
+from gracile.steps.quantization.quantize_recurrent import build_nearest
 from gracile.steps.quantization.round_layers import round_one, solvable
 
 #: Calibration examples that formats are judged on, none of which a solver sees meanwhile.
@@ -89,7 +90,7 @@ class FormatTrial:
         self.put(name, scheme)
         found = self.error()
         if not math.isfinite(found):
-            raise DataError(f"Quantize: the outputs are NaN or infinite with '{name}' in {scheme and scheme.name}.")
+            raise DataError(f"Quantize: the outputs are NaN or infinite with '{name}' in {option_title(scheme)}.")
         return found
 
     def put(self, name: str, scheme: Scheme | None) -> None:
@@ -98,7 +99,7 @@ class FormatTrial:
             self.put_back(name, ([self._floats[each] for each in self.units[name]], self._norm_states.get(name)))
             self._replay.seek(self._first[name])
             return
-        layers = [self._built(each, scheme).eval() for each in self.units[name]]
+        layers = [build_nearest(each, self._floats[each], scheme, self.encoder).eval() for each in self.units[name]]
         for each, layer in zip(self.units[name], layers, strict=True):
             if isinstance(layer, QuantizedLayer) and isinstance(layers[0], QuantizedLayer) and layer is not layers[0]:
                 layer.hold_weight_of(layers[0])
@@ -131,12 +132,6 @@ class FormatTrial:
             put_module(self.model, each, layer)
         if state is not None:
             self.model.get_submodule(self._moments.norms[name]).load_state_dict(state)
-
-    def _built(self, name: str, scheme: Scheme) -> nn.Module:
-        old = self._floats[name]
-        if isinstance(old, nn.RNNBase):
-            return build_recurrent(old, scheme, self.encoder.ranges)[0]
-        return self.encoder.build(name, old, scheme, self.encoder.encode(name, old, scheme))[0]
 
     def _round(self, name: str, solver: RoundingSolver) -> None:
         old = self._floats[name]

@@ -20,6 +20,7 @@ from gracile.solvers import RoundingSolver
 from gracile.steps.latency.timing import Timer
 from gracile.steps.quantization.format_latency import FormatLatency
 from gracile.steps.quantization.format_trial import FormatTrial
+from gracile.steps.quantization.prepared import option_title
 from gracile.steps.quantization.quantize_layers import Encoder, format_for
 from gracile.steps.quantization.quantize_recurrent import matrices
 
@@ -63,8 +64,8 @@ def choose_schemes(
             latency = FormatLatency(model, traced, units, options, encoder, timer, context, recorder)
             chosen = _within_latency(trial, latency, budget, context, recorder)
     found = {name: options[name][i] for name, i in chosen.items()}
-    names = dict.fromkeys(_title(scheme) for schemes in options.values() for scheme in schemes)
-    counts = {name: sum(_title(scheme) == name for scheme in found.values()) for name in names}
+    names = dict.fromkeys(option_title(scheme) for schemes in options.values() for scheme in schemes)
+    counts = {name: sum(option_title(scheme) == name for scheme in found.values()) for name in names}
     shares = ", ".join(f"{count} layers in {name}" for name, count in counts.items())
     recorder.notes.append(f"Mixed precision for {budget}: {shares}; chosen by the measured error of the outputs.")
     return {each: found[name] for name in found for each in units[name]}
@@ -118,10 +119,6 @@ def _within_latency(
         refined = chosen
     recorder.numbers["latency_predicted_ms"] = latency.predict(refined) * latency.timer.whole_ms
     return refined
-
-
-def _title(scheme: Scheme | None) -> str:
-    return "floating point" if scheme is None else scheme.name
 
 
 def measure_losses(

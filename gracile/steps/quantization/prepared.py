@@ -14,6 +14,11 @@ from gracile.recipe import Recorder
 from gracile.steps.quantization.quantize_layers import Encoder
 
 
+def option_title(scheme: Scheme | None) -> str:
+    """What the report calls an option of a layer; None: to stay in floating point."""
+    return "floating point" if scheme is None else scheme.name
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A model about to be quantized: its layers, those of them with one weight, schemes, and what was seen of it.

@@ -16,7 +16,7 @@ from gracile.ranges.base import Range
 from gracile.recipe import Recorder
 from gracile.report.model import LayerRow
 from gracile.steps.quantization.grids import nearest_codes
-from gracile.steps.quantization.quantize_layers import check_zeros, has_zeros
+from gracile.steps.quantization.quantize_layers import Encoder, check_zeros, has_zeros
 from gracile.surgery import Swap, apply
 
 #: What the report says of recurrent layers.
@@ -60,6 +60,13 @@ def build_recurrent(old: nn.Module, scheme: Scheme, ranges: Range) -> tuple[Quan
         matrix: Any = layer.encoded[key]
         matrix.set_weight(nearest_codes(weight, fmt, ranges))
     return layer.train(old.training), config
+
+
+def build_nearest(name: str, old: nn.Module, scheme: Scheme, encoder: Encoder) -> nn.Module:
+    """What stands for a layer of either kind in the scheme, its weights at their nearest codes."""
+    if isinstance(old, nn.RNNBase):
+        return build_recurrent(old, scheme, encoder.ranges)[0]
+    return encoder.build(name, old, scheme, encoder.encode(name, old, scheme))[0]
 
 
 def quantize_recurrent(model: nn.Module, schemes: Mapping[str, Scheme], ranges: Range, recorder: Recorder) -> None:

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gracile.formats import MXFP4, NVFP4
+from gracile.formats import NVFP4
 from gracile.formats.micro_float import SMALLEST_E4M3, of_e4m3, powers_of_two
 from gracile.steps.quantization.grids.levels import LevelGrid
 
@@ -16,9 +16,6 @@ class MXFP4Grid(LevelGrid):
     """2^e · level for 32 columns of a row."""
 
     SHARES: ClassVar[tuple[float, ...]] = (2.0, 1.0, 0.5, 0.25)
-
-    def __init__(self, fmt: MXFP4) -> None:
-        super().__init__(fmt)
 
     def stored(self, scale: Tensor) -> Tensor:
         """Powers of two from 2^-127 to 2^127."""
