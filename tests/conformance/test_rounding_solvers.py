@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import time
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gracile.solvers
 from gracile.solvers import GPTQ, AdaRound, RoundingProblem, RoundingSolver, SignRound
@@ -78,16 +79,29 @@ def test_a_weight_of_zeros_and_a_perfect_start_are_no_trouble(solver: RoundingSo
     assert not bool(found.weight.any()) and not bool(found.loss.any())
 
 
+class NumbersComputed(TorchDispatchMode):
+    """Counts the elements of all tensors that operators give: work, told alike by every machine however busy it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.count += result.numel() if isinstance(result, torch.Tensor) else 0
+        return result
+
+
 @every_member
-def test_a_draft_has_most_of_the_gain_in_less_time(solver: RoundingSolver) -> None:
+def test_a_draft_has_most_of_the_gain_for_less_work(solver: RoundingSolver) -> None:
     weight, problem = layer(6, 64, 96)
     draft, grid = solver.draft(), UniformGrid(4)
     assert draft.draft() == draft and (draft.damping, draft.asymmetry) == (solver.damping, solver.asymmetry)
-    seconds, found = {}, {}
+    work, found = {}, {}
     for each in (solver, draft):
-        start = time.process_time()
-        found[each] = each(weight, problem, grid)
-        seconds[each] = time.process_time() - start
+        with NumbersComputed() as numbers:
+            found[each] = each(weight, problem, grid)
+        work[each] = numbers.count
     gains = {each: float((f.nearest_loss - f.loss).sum()) for each, f in found.items()}
     assert gains[draft] > 0.7 * gains[solver]
-    assert draft == solver or seconds[draft] < 0.7 * seconds[solver]
+    assert draft == solver or work[draft] < 0.5 * work[solver]
