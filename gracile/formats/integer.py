@@ -26,8 +26,9 @@ class Int(Format):
 
     bits: 2 to 8.
     granularity: which weights share a scale.
-    symmetric: q in [−2^(b−1), 2^(b−1)−1] and zero_point = 0. Otherwise q in [0, 2^b−1], and zero_point is the code of
-        exactly 0, so padding and pruned weights stay exactly zero.
+    symmetric: q in [−2^(b−1), 2^(b−1)−1] and zero_point = 0. Below 8 bits a weight's scale has either sign: a negative
+        one puts the level more that the grid has on one side above zero, where the row reaches farther. Otherwise q in
+        [0, 2^b−1], and zero_point is the code of exactly 0, so padding and pruned weights stay exactly zero.
 
     Tensors: "codes" (8 bits: int8, or uint8 if asymmetric, in the weight's shape; fewer: uint8 [ceil(n·bits/8)], see
     `packing`), "scale" float32 (see `scale_shape`), "zero_point" int16 in the shape of scale (asymmetric only), "shape"
@@ -62,6 +63,11 @@ class Int(Format):
         """Whether a sum of products with codes has one factor: no zero point, and a scale per output or per tensor."""
         return self.symmetric and self.granularity in (PER_OUTPUT_CHANNEL, PerTensor())
 
+    @property
+    def signed_scale(self) -> bool:
+        """Whether the scale of a weight may be negative. In 8 bits it gains 1/255, and 128 is no int8."""
+        return self.symmetric and self.bits < 8
+
     def scale_shape(self, shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
         """Shape of "scale": [] per tensor, [size of axis] per channel, [rows, groups] per group."""
         return scale_shape(self.granularity, tuple(shape))
@@ -82,6 +88,21 @@ class Int(Format):
             return scale, None
         return scale, torch.round(-low / scale).clamp(self.qmin, self.qmax).to(torch.int16)
 
+    def weight_scale_of(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `scale_of`, with a `signed_scale` where there is one: the least |scale| that covers both ends.
+
+        The farther end takes the side of the lowest code: |scale| = max(far / −qmin, near / qmax), and it is negative
+        where `high` is the farther. Source: the full-range symmetric grids of AutoRound (arXiv:2309.05516) and llama.cpp's Q4_0,
+        which clip the nearer end where it reaches beyond qmax · |scale|.
+        """
+        if not self.signed_scale:
+            return self.scale_of(low, high)
+        low, high = low.float().clamp(max=0), high.float().clamp(min=0)
+        far, near = torch.maximum(-low, high), torch.minimum(-low, high)
+        scale = torch.maximum(far / -self.qmin, near / self.qmax).clamp(min=SMALLEST_SCALE)
+        scale = torch.where(low == high, torch.ones_like(scale), scale)
+        return torch.where(high > -low, -scale, scale), None
+
     def encode(
         self, weight: Tensor, scale: Tensor | None = None, zero_point: Tensor | None = None
     ) -> dict[str, Tensor]:
@@ -98,11 +119,12 @@ class Int(Format):
         self._check_given(shape, scale, zero_point)
         if scale is None or (zero_point is None and not self.symmetric):
             rows = to_rows(self.granularity, weight.detach().float())
-            default, default_zero = self.scale_of(rows.amin(dim=1), rows.amax(dim=1))
+            default, default_zero = self.weight_scale_of(rows.amin(dim=1), rows.amax(dim=1))
             scale = default.reshape(shape) if scale is None else scale
             if zero_point is None and default_zero is not None:
                 zero_point = default_zero.reshape(shape)
-        scale = scale.detach().to(weight.device, torch.float32).clamp(min=SMALLEST_SCALE)
+        scale = scale.detach().to(weight.device, torch.float32)
+        scale = scale.abs().clamp(min=SMALLEST_SCALE).copysign(scale)
         codes = self.quantize(weight.detach(), scale, zero_point)
         tensors = {"codes": codes if self.bits == 8 else pack_bits(codes, self.bits), "scale": scale}
         if zero_point is not None:
@@ -157,8 +179,11 @@ class Int(Format):
                 raise ConfigError(
                     f"Int.encode({name}=...): expected shape {shape} for {self.granularity}, got {tuple(given.shape)}."
                 )
-        if scale is not None and not bool((torch.isfinite(scale) & (scale > 0)).all()):
-            raise ConfigError("Int.encode(scale=...): every scale must be positive and finite.")
+        if scale is not None:
+            wrong = ~torch.isfinite(scale) | (scale == 0 if self.signed_scale else scale <= 0)
+            if bool(wrong.any()):
+                kind = "finite and not zero" if self.signed_scale else "positive and finite"
+                raise ConfigError(f"Int.encode(scale=...): every scale must be {kind}.")
         if zero_point is None:
             return
         if self.symmetric or scale is None:

@@ -148,7 +148,7 @@ def input_on_grid(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax:
 
 
 def learned_scale(scale: Tensor, change: Tensor, count: int) -> Tensor:
-    """s = scale · exp(change): positive whatever is learned, and moved by shares of itself, however large it is.
+    """s = scale · exp(change): of one sign whatever is learned, and moved by shares of itself, however large it is.
 
     scale, change: the same shape. count: values that share one scale, times the highest code. As in LSQ (section 2.2
     there) the gradient is divided by √count, so that plain gradient descent changes scales no faster than weights; Adam

@@ -149,7 +149,7 @@ class QuantizedLayer(TrainsOnGrid):
         """The weight where in its codes' cells it is nearest to the original (`start_in_cells`)."""
         fmt: Any = self.weight_format
         scale: Tensor = self.weight_scale  # type: ignore[assignment]
-        wide = scale.reshape(-1, 1).expand_as(to_rows(fmt.granularity, weight))
+        wide = scale.abs().reshape(-1, 1).expand_as(to_rows(fmt.granularity, weight))
         step = fmt.step * from_rows(fmt.granularity, wide, self.weight_shape)
         far = torch.full_like(weight, 1e6) * step.amax()  # rounds to the ends of any grid
         ends = [weight_on_grid(sign * far, fmt, self.encoded_weight()) for sign in (-1, 1)]

@@ -42,4 +42,5 @@ def scale_and_zero(fmt: Int, low: Tensor | float, high: Tensor | float) -> tuple
 
 def full_range(rows: Tensor, fmt: Int) -> tuple[Tensor, Tensor]:
     """Scale and zero point [k] that hold every weight of the rows [k, n]."""
-    return scale_and_zero(fmt, rows.amin(dim=1), rows.amax(dim=1))
+    scale, zero_point = fmt.weight_scale_of(rows.amin(dim=1), rows.amax(dim=1))
+    return scale, torch.zeros_like(scale, dtype=torch.int16) if zero_point is None else zero_point

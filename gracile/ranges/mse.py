@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,8 @@ from gracile.ranges.base import Range, full_range, scale_and_zero
 
 #: Weights scored at a time: the fastest of 2^14 to 2^22 when measured.
 CHUNK = 1 << 19
+#: How often, of all its ranges, a search of weights asks whether narrower ones can still be better.
+LOOKS = 16
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class MSE(Range):
         return low[best], high[best]
 
     def rows(self, rows: Tensor, fmt: Int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Per row, the full-range scale times the best fraction."""
+        """Per row, the full-range scale times the best fraction, and of the better sign where it has one."""
         scale, zero = full_range(rows, fmt)
         length = max(1, CHUNK // rows.shape[1])
         counts = [None] * len(rows) if importance is None else importance.expand_as(rows).split(length)
@@ -65,15 +69,30 @@ class MSE(Range):
         return torch.cat([self._best_scale(*part, fmt) for part in parts]), zero
 
     def _best_scale(self, rows: Tensor, full: Tensor, zero: Tensor, importance: Tensor | None, fmt: Int) -> Tensor:
-        chosen, least = full.clone(), torch.full_like(full, float("inf"))
-        zero = zero.float().reshape(-1, 1)
-        for step in range(self.thresholds, 0, -1):
+        chosen, least = full, torch.full_like(full, float("inf"))
+        shift = zero.float().reshape(-1, 1)
+        ends: list[tuple[int, Any, Any]] = [(1, fmt.qmin - shift, fmt.qmax - shift)]
+        most = self.thresholds
+        if fmt.signed_scale:
+            ends = [(1, fmt.qmin, fmt.qmax), (-1, -fmt.qmax, -fmt.qmin)]
+            # Turned over, the grid has its shorter side where the row reaches farther, and may need larger steps.
+            most = math.ceil(self.thresholds * -fmt.qmin / fmt.qmax)
+        narrower = range(self.thresholds - 1, 0, -1)
+        for step in (self.thresholds, *range(most, self.thresholds, -1), *narrower):
             scale = full * (step / self.thresholds)
             column = scale.reshape(-1, 1)
-            codes = torch.round(rows / column).add_(zero).clamp_(fmt.qmin, fmt.qmax)
-            error = codes.sub_(zero).mul_(column).sub_(rows)
-            error = error.square_() if self.power == 2 else error.abs_().pow_(self.power)
-            error = (error if importance is None else error.mul_(importance)).sum(dim=1)
-            better = error < least
-            chosen, least = torch.where(better, scale, chosen), torch.where(better, error, least)
+            if step in narrower[:: self.thresholds // LOOKS or 1]:
+                outer = -fmt.qmin if fmt.signed_scale else torch.maximum(shift - fmt.qmin, fmt.qmax - shift)
+                if bool((self._sum((rows.abs() - outer * column.abs()).clamp_(min=0), importance) >= least).all()):
+                    break  # what is clipped alone is more, and in narrower ranges ever more
+            nearest = torch.round(rows / column)
+            for sign, low, high in ends[step > self.thresholds :]:
+                error = self._sum(nearest.clamp(low, high).mul_(column).sub_(rows), importance)
+                better = error < least
+                chosen, least = torch.where(better, sign * scale, chosen), torch.where(better, error, least)
         return chosen
+
+    def _sum(self, error: Tensor, importance: Tensor | None) -> Tensor:
+        """Σ h |error|^power of each row; error is used up."""
+        error = error.square_() if self.power == 2 else error.abs_().pow_(self.power)
+        return (error if importance is None else error.mul_(importance)).sum(dim=1)

@@ -33,7 +33,7 @@ class Percentile(Range):
         return scale_and_zero(fmt, low, high)
 
     def rows(self, rows: Tensor, fmt: Int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Full-range scale times the larger of (percentile / extreme) of the two sides, so that both fit.
+        """The scale that both percentiles fit in; asymmetric, of the full range's zero point.
 
         importance plays no part.
         """
@@ -42,12 +42,9 @@ class Percentile(Range):
         ordered = rows.sort(dim=1).values
         low = _interpolate(ordered, last * (1 - self.p / 100)).clamp(max=0)
         high = _interpolate(ordered, last * self.p / 100).clamp(min=0)
-        if fmt.symmetric:
-            clipped, full = torch.maximum(-low, high), torch.maximum(-ordered[:, 0], ordered[:, -1])
-            ratio = clipped / full
-        else:
-            ratio = torch.maximum(_share(low, ordered[:, 0]), _share(high, ordered[:, -1]))
-        # A row of mostly zeros has percentiles of 0; its extremes are then all there is to represent.
+        if fmt.symmetric:  # a row of mostly zeros has percentiles of 0; its extremes are then all there is to represent
+            return torch.where(low == high, scale, fmt.weight_scale_of(low, high)[0]), zero
+        ratio = torch.maximum(_share(low, ordered[:, 0]), _share(high, ordered[:, -1]))
         ratio = torch.where(torch.isfinite(ratio) & (ratio > 0), ratio, torch.ones_like(ratio))
         return scale * ratio, zero
 

@@ -162,7 +162,7 @@ def _rescale(state: Columns, place: int, slope: Tensor, inner: Tensor, grid: Gri
     curvature = (units * (inner @ units)).sum(-2)
     scale = state.scale[..., place, :]
     best = scale - (units * slope).sum(-2) / curvature
-    best = torch.where((best > 0) & torch.isfinite(best) & (curvature > 0), grid.stored(best), scale)
+    best = torch.where((best * scale > 0) & torch.isfinite(best) & (curvature > 0), grid.stored(best), scale)
     change = best - scale
     state.scale[..., place, :] = best
     return change

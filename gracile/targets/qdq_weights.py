@@ -104,6 +104,13 @@ class _Encoded:
             return {"axis": 1 - axis if self.flip else axis}
         return {}
 
+    def signs(self, shape: tuple[int, ...]) -> NDArray[Any]:
+        """−1 or 1, the sign of the scale of each code, broadcast to codes of this shape: theirs, or flat and padded."""
+        signs, attributes = np.where(self.scale < 0, -1, 1).astype(np.int8), self.attributes
+        if "block_size" in attributes:
+            return np.repeat(signs, attributes["block_size"], axis=attributes["axis"])
+        return signs.reshape([-1 if i == attributes.get("axis") else 1 for i in range(len(shape))])
+
 
 def _dequantize(rewriter: Rewriter, node: ir.Node, encoded: _Encoded, stem: str, out: ir.Value) -> ir.Value:
     import onnx_ir as ir
@@ -120,6 +127,11 @@ def _dequantize(rewriter: Rewriter, node: ir.Node, encoded: _Encoded, stem: str,
     if missing:  # OpenVINO 2026.4 refuses a last block that is shorter than the others
         codes = np.pad(codes, [(0, missing), (0, 0)] if encoded.flip else [(0, 0), (0, missing)])
 
+    scale = encoded.scale
+    if fmt.signed_scale and (fmt.bits < 4 or not narrow):
+        # Kernels of integers are made for positive scales; only 8 is no int4, so that four bits stay as they are.
+        codes, scale = codes * encoded.signs(codes.shape), np.abs(scale)
+
     def integers(name: str, array: NDArray[Any]) -> ir.Value:
         array = np.ascontiguousarray(array)
         if not narrow:
@@ -128,7 +140,7 @@ def _dequantize(rewriter: Rewriter, node: ir.Node, encoded: _Encoded, stem: str,
 
     inputs = [
         integers(f"{stem}_codes", codes),
-        rewriter.constant(f"{stem}_scale", np.ascontiguousarray(encoded.scale.astype(np.float32))),
+        rewriter.constant(f"{stem}_scale", np.ascontiguousarray(scale.astype(np.float32))),
     ]
     if encoded.zero_point is not None or not narrow:  # ONNX Runtime's QGemm is fused only where it is spelled out
         zero_point = np.zeros(encoded.scale.shape) if encoded.zero_point is None else encoded.zero_point

@@ -43,20 +43,20 @@ def per_tensor(weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
 
 
 def per_row(weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
-    return tensors["scale"].reshape(-1, *[1] * (weight.ndim - 1)).expand(weight.shape)
+    return tensors["scale"].abs().reshape(-1, *[1] * (weight.ndim - 1)).expand(weight.shape)
 
 
 def per_column(weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
-    return tensors["scale"].reshape(1, -1, *[1] * (weight.ndim - 2)).expand(weight.shape)
+    return tensors["scale"].abs().reshape(1, -1, *[1] * (weight.ndim - 2)).expand(weight.shape)
 
 
 def per_group_of_6(weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
-    return tensors["scale"].repeat_interleave(6, dim=1).reshape(weight.shape)
+    return tensors["scale"].abs().repeat_interleave(6, dim=1).reshape(weight.shape)
 
 
 def per_group_of_4(weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
     columns = weight[0].numel()
-    return tensors["scale"].repeat_interleave(4, dim=1)[:, :columns].reshape(weight.shape)
+    return tensors["scale"].abs().repeat_interleave(4, dim=1)[:, :columns].reshape(weight.shape)
 
 
 def constant_256th(weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:

@@ -89,8 +89,10 @@ def test_scales_of_weights_clip_and_never_widen(member: Range, fmt: Int) -> None
     full = MinMax().weight(weight, fmt)
     assert scale.shape == fmt.scale_shape(weight.shape)
     assert scale.dtype == torch.float32
-    assert bool((scale > 0).all())
-    assert bool((scale <= full * (1 + 1e-6)).all())  # one float32 rounding of the ratio
+    assert bool((scale != 0).all() if fmt.signed_scale else (scale > 0).all())
+    # With the other sign the farther end has the side of one level less. One float32 rounding of the ratio.
+    more = torch.where(scale * full < 0, -fmt.qmin / fmt.qmax * (1 + 1 / 20), 1.0)  # up to the next of 20 thresholds
+    assert bool((scale.abs() <= full.abs() * more * (1 + 1e-6)).all())
     fmt.decode(fmt.encode(weight, scale))
 
 

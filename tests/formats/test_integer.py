@@ -10,9 +10,10 @@ from gracile.formats import Int, PerChannel, PerGroup, PerTensor, bits_per_weigh
 
 def test_codes_and_scales_by_hand() -> None:
     tensors = Int(4).encode(torch.tensor([[7.0, -1.4, 3.5, 0.0], [0.7, -0.7, 0.05, 0.1]]))
-    assert tensors["scale"].tolist() == pytest.approx([1.0, 0.1])
-    # codes 7, -1, 4 (3.5 goes to even), 0 and 7, -7, 0 or 1, 1: low nibble first
-    assert tensors["codes"].tolist()[:2] == [0xF7, 0x04]
+    # 7 reaches farther than -1.4 and so is code -8 of a negative scale; 0.7 and -0.7 are equally far.
+    assert tensors["scale"].tolist() == pytest.approx([-7 / 8, 0.1])
+    # codes -8, 2 (1.6), -4, 0 and 7, -7, 0 or 1, 1: low nibble first
+    assert tensors["codes"].tolist()[:2] == [0x28, 0x0C]
     assert tensors["codes"].tolist()[2] == 0x97
 
 
@@ -35,6 +36,10 @@ def test_per_channel_against_numpy(bits: int, symmetric: bool) -> None:
         if symmetric:
             qmin, qmax, zero = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1, np.float32(0)
             scale = np.abs(w[c]).max() / np.float32(qmax)
+            if bits < 8:
+                below, above = -w[c].min(), w[c].max()
+                scale = max(max(below, above) / np.float32(-qmin), min(below, above) / np.float32(qmax))
+                scale = -scale if above > below else scale
         else:
             qmin, qmax = 0, 2**bits - 1
             low, high = min(w[c].min(), np.float32(0)), max(w[c].max(), np.float32(0))

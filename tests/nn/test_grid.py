@@ -276,11 +276,13 @@ def test_a_folded_batch_norm_stands_behind_its_convolution_while_it_trains() -> 
         (layer(x) - 1).square().mean().backward()
         optimizer.step()
     trained = layer.eval()(x).detach()
+    signs = layer.weight_scale.sign()
+    assert set(signs.tolist()) == {-1.0, 1.0}
     end_training(layer)
     # Its statistics went into scales and biases: the same but for rounding in float32.
     torch.testing.assert_close(layer(x), trained, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(trained, before, atol=0.1)
-    assert bool((layer.weight_scale > 0).all())
+    assert torch.equal(layer.weight_scale.sign(), signs)
 
 
 def test_frozen_batch_norms_keep_their_statistics() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -45,7 +47,8 @@ def test_percentile_of_activations_equals_numpys(p: float) -> None:
 def test_percentile_of_weights_equals_numpys() -> None:
     weight = normal(4, 1000)
     low, high = np.percentile(weight.numpy(), [1, 99], axis=1)
-    expected = np.maximum(-low, high) / 7
+    size = np.maximum(np.maximum(-low, high) / 8, np.minimum(-low, high) / 7)
+    expected = np.where(high > -low, -size, size)
     np.testing.assert_allclose(Percentile(99).weight(weight, Int(4)).numpy(), expected, rtol=1e-5)
 
 
@@ -69,7 +72,12 @@ def test_mse_of_weights_equals_brute_force(fmt: Int, power: float) -> None:
             return difference.reshape(6, 4, 10).sum(axis=2)
         return difference.sum(axis=0 if fmt.granularity == PerChannel(1) else 1)
 
-    candidates = np.stack([errors(full * (k / 25)) for k in range(1, 26)])
+    if fmt.symmetric:  # either sign, and with the other one as much more as the farther end then needs
+        most = math.ceil(25 * 2 ** (fmt.bits - 1) / (2 ** (fmt.bits - 1) - 1))
+        fractions = [sign * k / 25 for k in range(1, most + 1) for sign in (1, -1)]
+    else:
+        fractions = [k / 25 for k in range(1, 26)]
+    candidates = np.stack([errors(full * fraction) for fraction in fractions])
     np.testing.assert_allclose(errors(chosen), candidates.min(axis=0), rtol=1e-5)
     assert bool((errors(chosen) <= errors(full)).all())
 
@@ -77,7 +85,7 @@ def test_mse_of_weights_equals_brute_force(fmt: Int, power: float) -> None:
 def test_mse_finds_that_an_outlier_is_better_clipped() -> None:
     weight = normal(1, 4096)
     weight[0, 0] = 40.0
-    assert MSE().weight(weight, Int(4)).item() < 0.5 * MinMax().weight(weight, Int(4)).item()
+    assert abs(MSE().weight(weight, Int(4)).item()) < 0.5 * abs(MinMax().weight(weight, Int(4)).item())
 
 
 @pytest.mark.parametrize(
