@@ -92,8 +92,8 @@ class Int(Format):
         """As `scale_of`, with a `signed_scale` where there is one: the least |scale| that covers both ends.
 
         The farther end takes the side of the lowest code: |scale| = max(far / −qmin, near / qmax), and it is negative
-        where `high` is the farther. Source: the full-range symmetric grids of AutoRound (arXiv:2309.05516) and llama.cpp's Q4_0,
-        which clip the nearer end where it reaches beyond qmax · |scale|.
+        where `high` is the farther. Source: the full-range symmetric grids of AutoRound (arXiv:2309.05516) and of
+        llama.cpp's Q4_0, which clip the nearer end where it reaches beyond qmax · |scale|.
         """
         if not self.signed_scale:
             return self.scale_of(low, high)
