@@ -164,7 +164,7 @@ def test_a_factor_that_fails_is_damped_and_said(solver: Any, monkeypatch: pytest
         return root, torch.ones_like(failed) if calls < 3 else failed
 
     monkeypatch.setattr(torch.linalg, "cholesky_ex", fails_twice)
-    rows = {row.name: row for row in quantized(net(), gc.Int(2), solver, images(128, 16)).report.steps[0].layers}
+    rows = {row.name: row for row in quantized(net(), gc.Int(3), solver, images(128, 16)).report.steps[0].layers}
     first = rows["0"].reason
     assert first is not None and "damped 100 times as much" in first
     assert not any("damped" in (rows[name].reason or "") for name in ("3", "5", "7"))

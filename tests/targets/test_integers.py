@@ -142,6 +142,32 @@ def test_layers_run_as_the_kernels_meant_for_them(
     assert max(errors(new, path, x)) < bound
 
 
+@pytest.mark.parametrize(
+    ("weight", "integers", "negative"),
+    [
+        (Int(4), True, False),
+        (Int(7), True, False),
+        (Int(2), False, False),
+        (Int(3, PerGroup(32)), False, False),
+        (Int(4), False, True),
+        (Int(4, PerGroup(32)), False, True),
+    ],
+    ids=str,
+)
+def test_scales_in_the_file_are_positive_but_where_codes_have_no_room(
+    quantize: Quantizer, tmp_path: Path, weight: Int, integers: bool, negative: bool
+) -> None:
+    """Codes are turned over with their scale: −8 becomes 8, which fits 8 bits and not 4."""
+    x = torch.randn(X2, generator=torch.Generator().manual_seed(2))
+    new = quantize(mlp(), x, weight, *([] if integers else [None]))
+    assert any(bool((layer.weight_scale < 0).any()) for layer in new if hasattr(layer, "weight_scale"))
+    path = OnnxRuntime().export(new, x, tmp_path / "model.onnx")
+    held = {i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(path).graph.initializer}
+    nodes = [n for n in onnx.load(path).graph.node if n.op_type == "DequantizeLinear" and n.input[0] in held]
+    assert len(nodes) >= 2
+    assert any(bool((held[n.input[1]] < 0).any()) for n in nodes) == negative
+
+
 class Lookup(nn.Module):
     def __init__(self) -> None:
         super().__init__()

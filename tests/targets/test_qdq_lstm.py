@@ -61,15 +61,16 @@ def test_onnx_runtime_computes_what_pytorch_does(settings: dict[str, Any], tmp_p
             torch.testing.assert_close(found, wanted, rtol=0, atol=5e-3)
 
 
-def test_the_file_holds_integers_of_the_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", [W7A8Dynamic, SCHEME], ids=["W7A8", "of this processor"])
+def test_the_file_holds_integers_of_the_model(tmp_path: Path, scheme: gc.Scheme) -> None:
     torch.manual_seed(0)
-    model = compressed(Speech())
+    model = compressed(Speech(), scheme)
     path = gc.OnnxRuntime().export(model, torch.randn(4, 10, 6), tmp_path / "model.onnx")
     graph = onnx.load(path).graph
     held = {i.name: torch.from_numpy(onnx.numpy_helper.to_array(i).copy()) for i in graph.initializer}
     (node,) = [node for node in graph.node if node.op_type == "DynamicQuantizeLSTM"]
     codes, scale = held[node.input[1]], held[node.input[8]]  # [1, in, 4 · hidden], [1, 4 · hidden]
-    assert codes.dtype == torch.int8
+    assert codes.dtype == torch.int8 and bool((scale > 0).all())
     gates = model.rnn.weight_ih_l0.view(4, 8, 6)  # type: ignore[union-attr,operator]
     order = torch.cat([gates[0], gates[3], gates[1], gates[2]])  # input, output, forget, cell
     torch.testing.assert_close((codes[0].float() * scale[0]).T, order)

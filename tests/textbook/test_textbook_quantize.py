@@ -37,7 +37,11 @@ def test_fixed_point(net: nn.Module, factor: int) -> None:
 def test_integers_of_any_width_with_one_scale(net: nn.Module, bits: int) -> None:
     for parameter in net.parameters():
         w = parameter.detach().numpy()
-        scale = np.abs(w).max() / np.float32(2 ** (bits - 1) - 1)
+        below, above, top = -w.min(), w.max(), np.float32(2 ** (bits - 1))
+        if bits == 8:
+            scale = max(below, above) / (top - 1)
+        else:  # the farther end is the lowest code, of a negative scale where that end is positive
+            scale = max(max(below, above) / top, min(below, above) / (top - 1)) * (-1 if above > below else 1)
         expected = np.round(w / scale) * scale
         fmt = Int(bits, PerTensor())
         decoded = fmt.decode(fmt.encode(parameter)).numpy()
