@@ -2,8 +2,9 @@
 
     python -m benchmarks.language_rounding [--cases w4g32 w3g32 w3row w2g32] [--windows 128] [--variants ...] [--seed 0]
     python -m benchmarks.language_rounding --epochs 3 --variants "nearest by min-max" GPTQ
+    python -m benchmarks.language_rounding --symmetric --variants "nearest by min-max" nearest GPTQ
 
-stories260k, all linear layers of its blocks on asymmetric grids; the tied embedding stays float. Calibration: windows
+stories260k, all linear layers of its blocks on asymmetric grids, or symmetric ones, without zero points; the tied embedding stays float. Calibration: windows
 of --length tokens of the training stories. Perplexity on the test stories in windows of 512; share = (nearest by
 min-max − found) / (nearest by min-max − float). "published GPTQ" is the algorithm of arXiv:2210.17323 with its
 clipping of the grid and activation order, on the same moments. --epochs tunes codes, scales, norms and biases of each
@@ -18,6 +19,7 @@ import argparse
 import copy
 import json
 import time
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -76,6 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, HQQ], default=list(VARIANTS))
+    parser.add_argument("--symmetric", action="store_true")
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--length", type=int, default=256, help="tokens in a window of calibration and training")
     parser.add_argument("--epochs", type=int, default=0)
@@ -92,18 +95,24 @@ def main() -> None:
     whole = perplexity(model)
     print(json.dumps({"float": whole}), flush=True)
     for case in args.cases:
-        worst = None
+        worst, fmt = None, replace(CASES[case], symmetric=args.symmetric)
         for name in args.variants:
             start = time.perf_counter()
             tuned = args.epochs > 0 and worst is not None and name != HQQ
             if name == HQQ:
-                rounded, notes = by_hqq(model, CASES[case]), []
+                rounded, notes = by_hqq(model, fmt), []
             else:
-                step: gc.Step = gc.Quantize(CASES[case], exclude=EXCLUDED, **VARIANTS[name])
+                step: gc.Step = gc.Quantize(fmt, exclude=EXCLUDED, **VARIANTS[name])
                 step = gc.Recipe(step, distillation(args)) if tuned else step
                 result = gc.compress(model, step, data, seed=args.seed)
                 rounded, notes = result.model, result.report.steps[0].notes[:1]
-            row = {"case": case, "variant": name, "tuned": tuned, "seconds": round(time.perf_counter() - start, 1)}
+            row = {
+                "case": case,
+                "symmetric": args.symmetric,
+                "variant": name,
+                "tuned": tuned,
+                "seconds": round(time.perf_counter() - start, 1),
+            }
             row["perplexity"] = found = perplexity(rounded)
             worst = found if worst is None else worst
             row["share"] = round((worst - found) / (worst - whole), 3)
