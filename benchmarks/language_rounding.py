@@ -4,13 +4,13 @@
     python -m benchmarks.language_rounding --epochs 3 --variants "nearest by min-max" GPTQ
     python -m benchmarks.language_rounding --symmetric --variants "nearest by min-max" nearest GPTQ
 
-stories260k, all linear layers of its blocks on asymmetric grids, or symmetric ones, without zero points; the tied embedding stays float. Calibration: windows
-of --length tokens of the training stories. Perplexity on the test stories in windows of 512; share = (nearest by
-min-max − found) / (nearest by min-max − float). "published GPTQ" is the algorithm of arXiv:2210.17323 with its
-clipping of the grid and activation order, on the same moments. --epochs tunes codes, scales, norms and biases of each
-variant but the first end to end afterwards, by soft labels of the float model on the training stories and, to the share
---label-weight, by the stories' own next tokens. HQQ is what its own optimizer does at its defaults, with zero points in
-float32 (`pip install --no-deps --no-build-isolation hqq termcolor`).
+stories260k, all linear layers of its blocks on asymmetric grids, or on symmetric ones, which have no zero points; the
+tied embedding stays float. Calibration: windows of --length tokens of the training stories. Perplexity on the test
+stories in windows of 512; share = (nearest by min-max − found) / (nearest by min-max − float). "published GPTQ" is the
+algorithm of arXiv:2210.17323 with its clipping of the grid and activation order, on the same moments. --epochs tunes
+codes, scales, norms and biases of each variant but the first end to end afterwards, by soft labels of the float model
+on the training stories and, to the share --label-weight, by the stories' own next tokens. HQQ is what its own optimizer
+does at its defaults, with zero points in float32 (`pip install --no-deps --no-build-isolation hqq termcolor`).
 """
 
 from __future__ import annotations
