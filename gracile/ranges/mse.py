@@ -25,7 +25,8 @@ class MSE(Range):
     """argmin over ranges T of Σ h_i |x_i − Q_T(x_i)|^power, T among `thresholds` equal fractions of [minimum, maximum].
 
     power: 2 is mean squared error; GPTQ clips weights with 2.4. The full range is one of the candidates, so the error
-    is never above that of min-max (on the histogram, for activations). Of equal errors the wider range is taken.
+    is never above that of min-max (on the histogram, for activations). Of equal errors the wider range is taken. Where
+    the scale of a weight may have either sign, both are tried.
     Source: the clipping search of OCTAV's and GPTQ's reference code, by exhaustion.
     """
 
