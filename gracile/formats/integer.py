@@ -173,6 +173,17 @@ class Int(Format):
         sign = 1 << (self.bits - 1)
         return (unsigned ^ sign).to(torch.int8) - sign  # extends the sign bit of a two's complement code
 
+    def with_positive_scales(self, codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Unpacked codes and scales of the same weight, no scale negative: codes of those that were are turned over.
+
+        codes: int8 in the weight's shape, then up to 2^(b−1), which has no room in b bits. Of formats whose scales have
+        one sign they are returned as they are.
+        """
+        if not self.signed_scale:
+            return codes, scale
+        rows = to_rows(self.granularity, codes) * scale.sign().to(codes.dtype).reshape(-1, 1)
+        return from_rows(self.granularity, rows, tuple(codes.shape)), scale.abs()
+
     def _check_given(self, shape: tuple[int, ...], scale: Tensor | None, zero_point: Tensor | None) -> None:
         for name, given in (("scale", scale), ("zero_point", zero_point)):
             if given is not None and tuple(given.shape) != shape:

@@ -102,9 +102,9 @@ def _matrix(directions: list[EncodedWeight]) -> _Matrix:
     for weight in directions:
         fmt, tensors = weight.weight_format, weight.encoded_weight()
         assert isinstance(fmt, Int)
-        scale = tensors["scale"].float().expand(weight.weight_shape[0])
-        codes = fmt.unpack(tensors["codes"], weight.weight_shape) * scale.sign().char().unsqueeze(1)
-        scale = scale.abs()
+        codes = fmt.unpack(tensors["codes"], weight.weight_shape)
+        codes, scale = fmt.with_positive_scales(codes, tensors["scale"].float())
+        scale = scale.expand(len(codes))
         parts.append([_in_order(t.detach().numpy()) for t in (weight.decoded_weight(), codes, scale)])
     return _Matrix(*(np.stack(each) for each in zip(*parts)))
 

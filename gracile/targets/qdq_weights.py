@@ -58,10 +58,14 @@ def _as_integers(fmt: MidRise, tensors: dict[str, torch.Tensor]) -> tuple[Int, d
 
 def _write_integers(rewriter: Rewriter, node: ir.Node, fmt: Int, tensors: dict[str, torch.Tensor], stem: str) -> None:
     out, shape = node.outputs[0], tuple(int(n) for n in tensors["shape"])
-    codes = fmt.unpack(tensors["codes"], shape).numpy()
-    zero = tensors.get("zero_point")
-    encoded = _Encoded(fmt, codes, tensors["scale"].numpy(), None if zero is None else zero.numpy())
-    if not _reads_integers(out):
+    codes, scale, zero = fmt.unpack(tensors["codes"], shape), tensors["scale"], tensors.get("zero_point")
+    reads_integers = _reads_integers(out)
+    # OpenVINO 2026.4 misreads two codes to a byte where a layer's row is an odd number of weights.
+    narrow = fmt.bits <= 4 and not reads_integers and not (len(shape) == 2 and shape[1] % 2 == 1)
+    if fmt.bits < 4 or not narrow:  # kernels of integers are made for positive scales; only 8 is no int4
+        codes, scale = fmt.with_positive_scales(codes, scale)
+    encoded = _Encoded(fmt, codes.numpy(), scale.numpy(), None if zero is None else zero.numpy(), narrow)
+    if not reads_integers:
         gemm_to_matmul(rewriter, out)
     elif isinstance(fmt.granularity, PerGroup):
         # ONNX Runtime 1.32 puts the constant weight of a Gemm on an int8 grid of its own.
@@ -76,23 +80,28 @@ def _write_integers(rewriter: Rewriter, node: ir.Node, fmt: Int, tensors: dict[s
 
 
 class _Encoded:
-    """Codes of a weight in its shape, with scale and zero point along `axis`; blocks along it for grouped scales."""
+    """Codes of a weight in its shape, with scale and zero point along `axis`; blocks along it for grouped scales.
+
+    narrow: whether codes are written in 4 bits. flip: whether the weight is stored transposed.
+    """
 
     def __init__(
-        self, fmt: Int, codes: NDArray[Any], scale: NDArray[Any], zero_point: NDArray[Any] | None, flip: bool = False
+        self,
+        fmt: Int,
+        codes: NDArray[Any],
+        scale: NDArray[Any],
+        zero_point: NDArray[Any] | None,
+        narrow: bool,
+        flip: bool = False,
     ) -> None:
-        self.fmt, self.codes, self.scale, self.zero_point, self.flip = fmt, codes, scale, zero_point, flip
+        self.fmt, self.codes, self.scale, self.zero_point = fmt, codes, scale, zero_point
+        self.narrow, self.flip = narrow, flip
 
     def transposed(self) -> _Encoded:
         grouped = isinstance(self.fmt.granularity, PerGroup)
         scale = self.scale.T if grouped else self.scale
         zero = self.zero_point.T if grouped and self.zero_point is not None else self.zero_point
-        return _Encoded(self.fmt, self.codes.T, scale, zero, flip=True)
-
-    @property
-    def has_odd_columns(self) -> bool:
-        """Whether a layer's row is an odd number of weights: OpenVINO 2026.4 misreads two to a byte there."""
-        return self.codes.ndim == 2 and self.codes.shape[0 if self.flip else 1] % 2 == 1
+        return _Encoded(self.fmt, self.codes.T, scale, zero, self.narrow, flip=True)
 
     @property
     def attributes(self) -> dict[str, int]:
@@ -104,20 +113,12 @@ class _Encoded:
             return {"axis": 1 - axis if self.flip else axis}
         return {}
 
-    def signs(self, shape: tuple[int, ...]) -> NDArray[Any]:
-        """−1 or 1, the sign of the scale of each code, broadcast to codes of this shape: theirs, or flat and padded."""
-        signs, attributes = np.where(self.scale < 0, -1, 1).astype(np.int8), self.attributes
-        if "block_size" in attributes:
-            return np.repeat(signs, attributes["block_size"], axis=attributes["axis"])
-        return signs.reshape([-1 if i == attributes.get("axis") else 1 for i in range(len(shape))])
-
 
 def _dequantize(rewriter: Rewriter, node: ir.Node, encoded: _Encoded, stem: str, out: ir.Value) -> ir.Value:
     import onnx_ir as ir
 
-    fmt, codes = encoded.fmt, encoded.codes
+    fmt, codes, narrow = encoded.fmt, encoded.codes, encoded.narrow
     grouped = isinstance(fmt.granularity, PerGroup)
-    narrow = fmt.bits <= 4 and not _reads_integers(out) and not encoded.has_odd_columns
     kind = ("INT4" if narrow else "INT8") if fmt.symmetric else ("UINT4" if narrow else "UINT8")
     dtype = getattr(ir.DataType, kind)
     shape = codes.shape
@@ -127,11 +128,6 @@ def _dequantize(rewriter: Rewriter, node: ir.Node, encoded: _Encoded, stem: str,
     if missing:  # OpenVINO 2026.4 refuses a last block that is shorter than the others
         codes = np.pad(codes, [(0, missing), (0, 0)] if encoded.flip else [(0, 0), (0, missing)])
 
-    scale = encoded.scale
-    if fmt.signed_scale and (fmt.bits < 4 or not narrow):
-        # Kernels of integers are made for positive scales; only 8 is no int4, so that four bits stay as they are.
-        codes, scale = codes * encoded.signs(codes.shape), np.abs(scale)
-
     def integers(name: str, array: NDArray[Any]) -> ir.Value:
         array = np.ascontiguousarray(array)
         if not narrow:
@@ -140,7 +136,7 @@ def _dequantize(rewriter: Rewriter, node: ir.Node, encoded: _Encoded, stem: str,
 
     inputs = [
         integers(f"{stem}_codes", codes),
-        rewriter.constant(f"{stem}_scale", np.ascontiguousarray(scale.astype(np.float32))),
+        rewriter.constant(f"{stem}_scale", np.ascontiguousarray(encoded.scale.astype(np.float32))),
     ]
     if encoded.zero_point is not None or not narrow:  # ONNX Runtime's QGemm is fused only where it is spelled out
         zero_point = np.zeros(encoded.scale.shape) if encoded.zero_point is None else encoded.zero_point
