@@ -36,11 +36,13 @@ class Range(ABC):
 
 def scale_and_zero(fmt: Int, low: Tensor | float, high: Tensor | float) -> tuple[Tensor, Tensor]:
     """`fmt.scale_of` for ranges given as numbers or tensors, with a zero point of 0 for symmetric formats."""
-    scale, zero_point = fmt.scale_of(torch.as_tensor(low), torch.as_tensor(high))
-    return scale, torch.zeros_like(scale, dtype=torch.int16) if zero_point is None else zero_point
+    return _with_zero(*fmt.scale_of(torch.as_tensor(low), torch.as_tensor(high)))
 
 
 def full_range(rows: Tensor, fmt: Int) -> tuple[Tensor, Tensor]:
     """Scale and zero point [k] that hold every weight of the rows [k, n]."""
-    scale, zero_point = fmt.weight_scale_of(rows.amin(dim=1), rows.amax(dim=1))
+    return _with_zero(*fmt.weight_scale_of(rows.amin(dim=1), rows.amax(dim=1)))
+
+
+def _with_zero(scale: Tensor, zero_point: Tensor | None) -> tuple[Tensor, Tensor]:
     return scale, torch.zeros_like(scale, dtype=torch.int16) if zero_point is None else zero_point

@@ -73,19 +73,21 @@ class MSE(Range):
         chosen, least = full, torch.full_like(full, float("inf"))
         shift = zero.float().reshape(-1, 1)
         ends: list[tuple[int, Any, Any]] = [(1, fmt.qmin - shift, fmt.qmax - shift)]
+        reach = torch.maximum(shift - fmt.qmin, fmt.qmax - shift)  # of the longer side, in steps
         most = self.thresholds
         if fmt.signed_scale:
             ends = [(1, fmt.qmin, fmt.qmax), (-1, -fmt.qmax, -fmt.qmin)]
             # Turned over, the grid has its shorter side where the row reaches farther, and may need larger steps.
             most = math.ceil(self.thresholds * -fmt.qmin / fmt.qmax)
         narrower = range(self.thresholds - 1, 0, -1)
+        looks = narrower[:: self.thresholds // LOOKS or 1]
         for step in (self.thresholds, *range(most, self.thresholds, -1), *narrower):
             scale = full * (step / self.thresholds)
             column = scale.reshape(-1, 1)
-            if step in narrower[:: self.thresholds // LOOKS or 1]:
-                outer = -fmt.qmin if fmt.signed_scale else torch.maximum(shift - fmt.qmin, fmt.qmax - shift)
-                if bool((self._sum((rows.abs() - outer * column.abs()).clamp_(min=0), importance) >= least).all()):
-                    break  # what is clipped alone is more, and in narrower ranges ever more
+            if step in looks:
+                clipped = self._sum((rows.abs() - reach * column.abs()).clamp_(min=0), importance)
+                if bool((clipped >= least).all()):  # that alone is more, and in narrower ranges ever more
+                    break
             nearest = torch.round(rows / column)
             for sign, low, high in ends[step > self.thresholds :]:
                 error = self._sum(nearest.clamp(low, high).mul_(column).sub_(rows), importance)
