@@ -23,6 +23,7 @@ import gracile as gc
 from gracile.environment import instruction_set
 from gracile.evaluate.latency import measure_relative
 from gracile.nn import QuantizedLayer
+from gracile.stats.match import relative_error
 
 
 def main() -> None:
@@ -53,7 +54,7 @@ def main() -> None:
                 )
                 row: dict[str, Any] = {"target": target.name, "model": name, "share": round(found.share, 3)}
                 row |= {"standard_error": round(found.error, 3), "float_ms": round(found.reference_ms, 2)}
-                row["error"] = float((net(images) - wanted).square().sum() / wanted.square().sum())
+                row["error"] = relative_error([net(images)], [wanted])
                 print(json.dumps(row), flush=True)
 
 
